@@ -1,0 +1,21 @@
+"""The one base class of every error that bad input can raise here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EnergyLensError(ValueError):
+    """Bad input. The message names the field, the value given and what is accepted."""
+
+
+def unknown(field: str, value: object, accepted: Iterable[object], hint: str = "") -> EnergyLensError:
+    """The error for a value outside a known set: names the field, the value, the nearest match and the set."""
+    names = sorted(str(name) for name in accepted)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    message = f"{field}: unknown value {value!r}"
+    if near:
+        message += f" (did you mean {near[0]!r}?)"
+    message += f"; accepted: {', '.join(names)}"
+    return EnergyLensError(f"{message}. {hint}" if hint else message)
