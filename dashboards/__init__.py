@@ -1,0 +1,1 @@
+"""Grafana dashboards, Prometheus rules and manifests, with their generator."""
