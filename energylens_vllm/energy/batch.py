@@ -1,0 +1,139 @@
+"""Engine steps, summed up once: all that the step model reads of a batch, for any number of steps at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from energylens_vllm.einsum.kernel import Mask
+from energylens_vllm.errors import EnergyLensError
+
+Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention work of each step under one mask, each of shape (steps,). A request is a decode when it has one new
+    token after at least one computed, or when the caller says so."""
+
+    decode_pairs: Array
+    prefill_pairs: Array
+    decode_keys: Array  #: KV-cache tokens that decodes read
+    prefill_keys: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """N engine steps of one data-parallel rank; every array has shape (N,)."""
+
+    tokens: Array
+    decode_tokens: Array
+    sequences: Array
+    decode_sequences: Array
+    attention: tuple[Attention, ...]  #: in the order of the masks given
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def causal_pairs(new: Any, computed: Any, mask: Mask) -> Any:
+    """(query, key) pairs of requests with `new` tokens after `computed`, under `mask`. Arrays broadcast.
+
+    Full causal: sum over j = 1..n of (c + j) = n c + n (n + 1) / 2. A window w caps each term at w. Chunked attention
+    counts only keys in the query's own chunk.
+    """
+    if not mask.causal:
+        return new * (computed + new)
+    if mask.window is not None:
+        return _capped(computed + new, mask.window) - _capped(computed, mask.window)
+    if mask.chunk is not None:
+        return _chunked(computed + new, mask.chunk) - _chunked(computed, mask.chunk)
+    return new * computed + new * (new + 1) / 2
+
+
+def keys_read(new: Any, computed: Any, mask: Mask) -> Any:
+    """Distinct KV-cache tokens that attention of a request reads in this step, under `mask`. Arrays broadcast."""
+    end = computed + new
+    if mask.window is not None:
+        return np.minimum(end, new + mask.window - 1)
+    if mask.chunk is not None:
+        return np.minimum(end, new + computed % mask.chunk)
+    return end
+
+
+def _capped(length: Any, window: int) -> Any:
+    """Sum over positions 1..length of min(position, window)."""
+    ramp = np.minimum(length, window)
+    return ramp * (ramp + 1) / 2 + (length - ramp) * window
+
+
+def _chunked(length: Any, chunk: int) -> Any:
+    """Sum over positions 1..length of the position within its chunk."""
+    rest = length % chunk
+    return (length - rest) / chunk * (chunk * (chunk + 1) / 2) + rest * (rest + 1) / 2
+
+
+def steps_from_arrays(
+    new: Any, computed: Any, offsets: Any, masks: Sequence[Mask], decode: Any = None
+) -> Steps:
+    """Sum up N steps given in compressed rows: step i holds requests offsets[i]:offsets[i+1] of `new` and `computed`.
+
+    `decode` (booleans, one a request) overrides the rule of `Attention`: with speculative decoding a decode has
+    several new tokens. Steps without requests give zeros.
+    """
+    n = np.asarray(new, dtype=np.float64)
+    c = np.asarray(computed, dtype=np.float64)
+    bounds = np.asarray(offsets, dtype=np.int64)
+    is_decode = ((n == 1) & (c > 0)) if decode is None else np.asarray(decode, dtype=bool)
+    sizes = np.diff(bounds)
+    if len(sizes) == 1:  # one step, the scheduler's case: plain sums are several times cheaper than reduceat
+
+        def total(values: Any) -> Array:
+            return np.array([values.sum()])
+    else:
+        starts = np.minimum(bounds[:-1], max(len(n) - 1, 0))
+
+        def total(values: Any) -> Array:
+            if not len(values):
+                return np.zeros(len(sizes))
+            sums: Array = np.add.reduceat(values, starts)
+            return np.where(sizes > 0, sums, 0.0)
+
+    dec = is_decode.astype(np.float64)
+    attention = []
+    for mask in masks:
+        pairs, keys = causal_pairs(n, c, mask), keys_read(n, c, mask)
+        decode_pairs, decode_keys = total(pairs * dec), total(keys * dec)
+        attention.append(
+            Attention(decode_pairs, total(pairs) - decode_pairs, decode_keys, total(keys) - decode_keys)
+        )
+    return Steps(
+        tokens=total(n),
+        decode_tokens=total(n * dec),
+        sequences=sizes.astype(np.float64),
+        decode_sequences=total(dec),
+        attention=tuple(attention),
+    )
+
+
+def steps_from_requests(
+    requests: Sequence[tuple[int, int]], masks: Sequence[Mask], decode: Sequence[bool] | None = None
+) -> Steps:
+    """One step from a list of (num_new_tokens, num_computed_tokens).
+
+    Raises EnergyLensError for a negative count or a pair of another shape.
+    """
+    try:
+        table = np.array(requests, dtype=np.float64).reshape(-1, 2)
+    except (TypeError, ValueError) as error:
+        raise EnergyLensError(
+            "requests: every entry must be a pair (num_new_tokens, num_computed_tokens)"
+        ) from error
+    if table.size and table.min() < 0:
+        raise EnergyLensError(f"requests: negative token count {table.min():.0f}; accepted: zero or more")
+    return steps_from_arrays(table[:, 0], table[:, 1], np.array([0, len(table)]), masks, decode)

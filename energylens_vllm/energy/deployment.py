@@ -1,0 +1,90 @@
+"""A deployment: the arguments of `vllm serve` that change what a step costs, under vLLM's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from energylens_vllm.einsum.kernel import Mesh
+from energylens_vllm.energy.precision import KV_CACHE_DTYPES, QUANTIZATIONS
+from energylens_vllm.errors import EnergyLensError, unknown
+
+DTYPES = ("bfloat16", "float16", "float32", "auto")
+
+
+def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """CUDA-graph sizes that vLLM captures by default: 1, 2, 4, by 8 to 256, by 16 to min(2 * max_num_seqs, 512).
+
+    Source: vllm/config/vllm.py, `_set_cudagraph_sizes` (0.25 to 0.33).
+    """
+    limit = min(2 * max_num_seqs, 512)
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16)]
+    return tuple(size for size in sizes if size <= limit)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Where and how a model is served. Field names and defaults are vLLM's wherever vLLM has one.
+
+    `gpu` is a profile's name ("H200-SXM") or the path of a profile's JSON. `power_limit_w` None means the profile's.
+    Raises EnergyLensError naming the field, the value and what is accepted.
+    """
+
+    gpu: str = "H200-SXM"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 1024
+    enforce_eager: bool = False
+    cudagraph_capture_sizes: Sequence[int] | None = None
+    power_limit_w: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_batched_tokens",
+                     "max_num_seqs"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise EnergyLensError(f"{name}: {value!r} is not a positive integer")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise unknown("quantization", self.quantization, QUANTIZATIONS)
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise unknown("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.power_limit_w is not None and not self.power_limit_w > 0:
+            raise EnergyLensError(f"power_limit_w: {self.power_limit_w!r} is not a positive number of watts")
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None:
+            if any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise EnergyLensError(f"cudagraph_capture_sizes: {sizes!r} is not a list of positive integers")
+            object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(sizes)))
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the whole deployment."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def mesh(self) -> Mesh:
+        """Parallel degrees; expert parallelism spans tensor and data parallel ranks, as in vLLM."""
+        tp, dp = self.tensor_parallel_size, self.data_parallel_size
+        return Mesh(tp=tp, pp=self.pipeline_parallel_size, dp=dp, ep=tp * dp if self.enable_expert_parallel else 1)
+
+    @property
+    def capture_sizes(self) -> tuple[int, ...]:
+        """Token counts that a step is padded to; empty when eager."""
+        if self.enforce_eager:
+            return ()
+        if self.cudagraph_capture_sizes is not None:
+            return tuple(self.cudagraph_capture_sizes)
+        return default_capture_sizes(self.max_num_seqs)
+
+    @classmethod
+    def accepted(cls) -> list[str]:
+        """Names of all fields."""
+        return [item.name for item in fields(cls)]

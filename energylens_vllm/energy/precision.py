@@ -1,0 +1,76 @@
+"""Quantization names as vLLM spells them -> bytes per element and the number format that tensor cores compute in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from energylens_vllm.einsum.kernel import Widths
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How quantized weights are stored and multiplied.
+
+    `kernel` names the coefficients of the profile ("linear.<kernel>.*"); `weight_bytes` is per element with the
+    scales of its block format; `dynamic_scales` says that activations are quantized by an extra kernel before each
+    GEMM; `experts_only` that only expert weights are stored so.
+    """
+
+    kernel: str
+    weight_bytes: float
+    dynamic_scales: bool = False
+    experts_only: bool = False
+
+
+# Scales: fp8 per tensor or channel: none worth counting; fp8 block 128 x 128: one fp32 per 16,384 elements; int4 in
+# groups of 128 with an fp16 scale and a packed zero point: 0.5 + 2.5/128; mxfp4: one byte per 32 (OCP MX v1.0).
+FORMATS: dict[str, Format] = {
+    "fp8": Format("fp8", 1.0, dynamic_scales=True),
+    "fp8_block": Format("fp8_block", 1.0 + 4 / 16384, dynamic_scales=True),
+    "int8_wo": Format("int8_wo", 1.0 + 2 / 128),
+    "int4_wo": Format("int4_wo", 0.5 + 2.5 / 128),
+    "mxfp4": Format("mxfp4", 0.5 + 1 / 32, experts_only=True),
+}
+#: vLLM's quantization names -> format.
+QUANTIZATIONS: dict[str, str] = {
+    "fp8": "fp8",
+    "fp8_per_tensor": "fp8",
+    "fp8_per_block": "fp8_block",
+    "fp8_block": "fp8_block",
+    "modelopt": "fp8",
+    "ptpc_fp8": "fp8",
+    "fbgemm_fp8": "fp8",
+    "compressed-tensors": "fp8",
+    "awq": "int4_wo",
+    "awq_marlin": "int4_wo",
+    "gptq": "int4_wo",
+    "gptq_marlin": "int4_wo",
+    "int4": "int4_wo",
+    "int8": "int8_wo",
+    "mxfp4": "mxfp4",
+    "gpt_oss_mxfp4": "mxfp4",
+}
+#: vLLM's KV-cache dtypes -> bytes per element (None: the model's dtype).
+KV_CACHE_DTYPES: dict[str, float | None] = {
+    "auto": None, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "fp8_inc": 1.0,
+}  # fmt: skip
+_DTYPE_BYTES = {"bfloat16": 2.0, "float16": 2.0, "auto": 2.0, "float32": 4.0}
+
+
+def format_of(quantization: str | None) -> Format | None:
+    """The format of a vLLM quantization name; None for unquantized."""
+    return None if quantization is None else FORMATS[QUANTIZATIONS[quantization]]
+
+
+def widths(dtype: str, quantization: str | None, kv_cache_dtype: str) -> Widths:
+    """Bytes per element of each kind of tensor of a deployment."""
+    plain = _DTYPE_BYTES[dtype]
+    form = format_of(quantization)
+    kv = KV_CACHE_DTYPES[kv_cache_dtype]
+    return Widths(
+        weight=plain if form is None or form.experts_only else form.weight_bytes,
+        expert_weight=plain if form is None else form.weight_bytes,
+        plain_weight=plain,
+        kv_cache=plain if kv is None else kv,
+        activation=plain,
+    )

@@ -1,0 +1,128 @@
+"""Load a GPU profile and refuse one that is incomplete."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from energylens_vllm.errors import EnergyLensError, unknown
+
+PROFILES = pathlib.Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficient:
+    """One number of a profile. `std` is one standard deviation, relative to the value."""
+
+    value: float
+    std: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True)
+class GpuProfile:
+    """Everything the step model knows of one kind of GPU.
+
+    `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
+    step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
+    this GPU, or only taken from cited constants.
+    """
+
+    name: str
+    memory_bytes: float
+    sm_count: int
+    nvlink: bool
+    calibrated: bool
+    coefficients: Mapping[str, Coefficient]
+    interval: Mapping[str, float] = field(default_factory=dict)  #: relative half-widths of 90 % intervals, by kind
+
+    def __getitem__(self, name: str) -> float:
+        try:
+            return self.coefficients[name].value
+        except KeyError:
+            raise unknown(f"coefficient of GPU profile {self.name}", name, self.coefficients) from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.coefficients
+
+    def with_values(self, values: Mapping[str, float], source: str) -> GpuProfile:
+        """A copy with some values replaced (a fit, an online correction); `source` says by whom.
+
+        Raises EnergyLensError for a name that the profile does not have.
+        """
+        changed = dict(self.coefficients)
+        for name, value in values.items():
+            self[name]  # refuses a name that does not exist
+            changed[name] = replace(changed[name], value=float(value), source=source)
+        return replace(self, coefficients=changed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The profile as it is stored in JSON."""
+        return {
+            "name": self.name,
+            "memory_bytes": self.memory_bytes,
+            "sm_count": self.sm_count,
+            "nvlink": self.nvlink,
+            "calibrated": self.calibrated,
+            "interval": dict(self.interval),
+            "coefficients": {
+                name: {"value": c.value, "std": c.std, "unit": c.unit, "source": c.source}
+                for name, c in sorted(self.coefficients.items())
+            },
+        }
+
+
+def known_gpus() -> list[str]:
+    """Names of the shipped profiles, as `Deployment.gpu` takes them."""
+    return sorted(path.stem for path in PROFILES.glob("*.json"))
+
+
+def load_profile(gpu: str | os.PathLike[str]) -> GpuProfile:
+    """A shipped profile by name, or one from a JSON file (as `energylens calibrate` writes) by path.
+
+    Raises EnergyLensError naming the GPU or the file's field that is wrong.
+    """
+    text = os.fspath(gpu)
+    if text.endswith(".json"):
+        path = pathlib.Path(text)
+        if not path.is_file():
+            raise EnergyLensError(f"gpu: no profile file {text!r}; accepted: {', '.join(known_gpus())} or a .json path")
+        return _read(path)
+    if text not in known_gpus():
+        raise unknown("gpu", text, known_gpus(), "Or give the path of a profile that `energylens calibrate` wrote.")
+    return _shipped(text)
+
+
+@cache
+def _shipped(name: str) -> GpuProfile:
+    return _read(PROFILES / f"{name}.json")
+
+
+def _read(path: pathlib.Path) -> GpuProfile:
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise EnergyLensError(f"profile {path}: not JSON: {error}") from error
+    try:
+        return GpuProfile(
+            name=str(raw["name"]),
+            memory_bytes=float(raw["memory_bytes"]),
+            sm_count=int(raw["sm_count"]),
+            nvlink=bool(raw["nvlink"]),
+            calibrated=bool(raw["calibrated"]),
+            interval={str(k): float(v) for k, v in raw["interval"].items()},
+            coefficients={
+                str(name): Coefficient(float(c["value"]), float(c["std"]), str(c["unit"]), str(c["source"]))
+                for name, c in raw["coefficients"].items()
+            },
+        )
+    except KeyError as error:
+        raise EnergyLensError(f"profile {path}: field {error.args[0]!r} is missing") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise EnergyLensError(f"profile {path}: {error}") from error
