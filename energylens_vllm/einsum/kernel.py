@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+Phase = Literal["all", "prefill", "decode"]
 Family = Literal["linear", "experts", "attention", "elementwise", "gather", "collective"]
 CollectiveOp = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 
@@ -59,7 +60,7 @@ class Mask:
 class GemmShape:
     """rows x k times k x n on one GPU; for experts, of one expert."""
 
-    rows: Literal["tokens", "sampled"]
+    rows: Literal["tokens", "sampled", "keys"]
     n: int
     k: int
 
@@ -117,3 +118,4 @@ class Kernel:
     experts: ExpertShape | None = None
     collective: CollectiveShape | None = None
     stage: int = 0  #: pipeline stage
+    phase: Phase = "all"  #: the requests whose tokens, pairs and keys the terms count (MLA runs other kernels in each)

@@ -1,0 +1,255 @@
+"""A cascade: the whole network as blocks of fused groups of einsums, checked when it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal, get_args
+
+from energylens_vllm.einsum.errors import EinsumError
+from energylens_vllm.einsum.expression import GATHER, Access, Call, Einsum, Term, parse_einsum
+from energylens_vllm.einsum.kernel import Kernel, Mesh, Widths
+from energylens_vllm.einsum.rank import Rank, RankLike, make_rank
+from energylens_vllm.errors import unknown
+
+Kind = Literal["quantized", "expert", "plain", "kv_cache", "input", "activation"]
+
+#: Weights by what quantization does to them: linear layers, experts, and what it leaves alone.
+WEIGHTS: tuple[Kind, ...] = ("quantized", "expert", "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Einsums that run as one kernel: what they hand to each other never reaches HBM."""
+
+    name: str
+    einsums: tuple[Einsum, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Kernels in order. `count` is how many layers of the model are this block; None for what is no layer
+    (embedding, head) and runs once."""
+
+    name: str
+    groups: tuple[Group, ...]
+    count: int | None = None
+
+    @property
+    def einsums(self) -> Iterator[Einsum]:
+        for group in self.groups:
+            yield from group.einsums
+
+
+def block(name: str, kernels: Mapping[str, str | Iterable[str]], count: int | None = None) -> Block:
+    """A block from its kernels: each a name and one or more einsums as text, in the order in which they run.
+
+    Raises EinsumError on text that is no einsum.
+    """
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise EinsumError(f"block {name!r}: count {count!r} is not a positive whole number")
+    groups = []
+    for kernel, texts in kernels.items():
+        lines = [texts] if isinstance(texts, str) else list(texts)
+        if not lines:
+            raise EinsumError(f"kernel {name}.{kernel}: has no einsum")
+        groups.append(Group(kernel, tuple(parse_einsum(line, f"{name}.{kernel}") for line in lines)))
+    if not groups:
+        raise EinsumError(f"block {name!r}: has no kernels")
+    return Block(name, tuple(groups), count)
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Made by `build_cascade` or `load_cascade`, which check it; equal cascades describe the same work.
+
+    `ranks` by name; `kinds` of every tensor that is not an activation; `tied` weights that are the memory of another
+    (a head tied to the embedding); `order` the cycle in which the kinds of layers alternate, empty where each block's
+    layers follow one another.
+    """
+
+    name: str
+    ranks: Mapping[str, Rank]
+    kinds: Mapping[str, Kind]
+    blocks: tuple[Block, ...]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+
+    def kind(self, tensor: str) -> Kind:
+        return self.kinds.get(tensor, "activation")
+
+    def einsums(self) -> Iterator[Einsum]:
+        for each in self.blocks:
+            yield from each.einsums
+
+    def parameters(self) -> int:
+        """Elements of all weights of the whole model, tied ones once."""
+        total = 0
+        for each in self.blocks:
+            weights = {
+                access.tensor: access.ranks
+                for einsum in each.einsums
+                for access in einsum.reads
+                if self.kind(access.tensor) in WEIGHTS and access.tensor not in self.tied
+            }
+            elements = sum(prod(self.ranks[rank].size or 1 for rank in ranks) for ranks in weights.values())
+            total += elements * (each.count or 1)
+        return total
+
+    def kernels(self, widths: Widths | None = None, mesh: Mesh | None = None) -> list[Kernel]:
+        """The kernels that one GPU launches in a step, of every pipeline stage (see `Kernel.stage`).
+
+        Raises EinsumError where the mesh cannot split a rank.
+        """
+        from energylens_vllm.einsum.lowering import lower
+
+        return lower(self, widths or Widths(), mesh or Mesh())
+
+
+def build_cascade(
+    name: str,
+    *,
+    ranks: Mapping[str, RankLike],
+    tensors: Mapping[str, str | Iterable[str]],
+    blocks: Iterable[Block],
+    tied: Mapping[str, str] | None = None,
+    order: Iterable[str] = (),
+) -> Cascade:
+    """A checked cascade.
+
+    `ranks`: name -> size, or "tokens" / "sampled" / "context", or a `Rank` (or a mapping of its fields).
+    `tensors`: kind ("quantized", "expert", "plain", "kv_cache", "input") -> tensor names, as a list or one string
+    with spaces; tensors named nowhere are activations. `blocks` in the order in which they run, see `block`. `tied`:
+    weight -> the weight whose memory it is. `order`: the cycle of block names in which layers alternate.
+
+    Raises EinsumError, naming the einsum, the rank and both sizes.
+    """
+    kinds: dict[str, Kind] = {}
+    accepted = [kind for kind in get_args(Kind) if kind != "activation"]
+    for kind, names in tensors.items():
+        if kind not in accepted:
+            raise EinsumError(str(unknown("tensors", kind, accepted)))
+        for tensor in names.split() if isinstance(names, str) else names:
+            if tensor in kinds:
+                raise EinsumError(f"tensors: {tensor!r} is listed as {kinds[tensor]} and as {kind}")
+            kinds[tensor] = kind  # type: ignore[assignment]  # one of `accepted`
+    cascade = Cascade(
+        name=name,
+        ranks={rank: make_rank(rank, given) for rank, given in ranks.items()},
+        kinds=kinds,
+        blocks=tuple(blocks),
+        tied=dict(tied or {}),
+        order=tuple(order),
+    )
+    _check(cascade)
+    return cascade
+
+
+def _check(cascade: Cascade) -> None:
+    _check_names(cascade)
+    made = {}  # activation or cache -> the einsum that first made it
+    for einsum in cascade.einsums():
+        _check_einsum(cascade, einsum)
+        made.setdefault(einsum.output.tensor, einsum)
+    first = dict(made)
+    for each in cascade.blocks:
+        weights: dict[str, Einsum] = {}
+        for einsum in each.einsums:
+            for access in (*einsum.reads, einsum.output):
+                if cascade.kind(access.tensor) in WEIGHTS:  # each block has its own
+                    known = weights.setdefault(access.tensor, einsum)
+                elif access.tensor in made or cascade.kind(access.tensor) != "activation":
+                    known = first.setdefault(access.tensor, einsum)
+                else:
+                    near = unknown("tensor", access.tensor, {*made, *cascade.kinds})
+                    einsum.fail(f"{access} is read but no einsum makes it, and `tensors` does not list it: {near}")
+                _check_same_ranks(cascade, einsum, access, known)
+
+
+def _check_names(cascade: Cascade) -> None:
+    names = [each.name for each in cascade.blocks]
+    for name in names:
+        if names.count(name) > 1:
+            raise EinsumError(f"block {name!r}: there are two of that name")
+    layers = [each.name for each in cascade.blocks if each.count is not None]
+    for name in cascade.order:
+        if name not in layers:
+            raise EinsumError(str(unknown("order", name, layers, "Only blocks with a count are layers.")))
+    if cascade.order and set(cascade.order) != set(layers):
+        raise EinsumError(f"order: leaves out {', '.join(sorted(set(layers) - set(cascade.order)))}")
+    for name, rank in cascade.ranks.items():
+        if rank.groups is None:
+            continue
+        if rank.groups not in cascade.ranks:
+            raise EinsumError(f"rank {name!r}: {unknown('groups', rank.groups, cascade.ranks)}")
+        of = cascade.ranks[rank.groups]
+        if of.size is None or rank.size is None or of.size % rank.size:
+            raise EinsumError(f"rank {name!r} ({rank.size}) does not divide rank {rank.groups!r} ({of.size})")
+    used = {access.tensor for einsum in cascade.einsums() for access in (*einsum.reads, einsum.output)}
+    for tensor in cascade.kinds:
+        if tensor not in used:
+            raise EinsumError(str(unknown("tensors", tensor, used, "No einsum uses it.")))
+    for tensor, other in cascade.tied.items():
+        for which in (tensor, other):
+            if cascade.kind(which) not in WEIGHTS:
+                raise EinsumError(f"tied: {which!r} is not a weight")
+        if other in cascade.tied:
+            raise EinsumError(f"tied: {other!r} is tied itself")
+
+
+def _check_einsum(cascade: Cascade, einsum: Einsum) -> None:
+    for access in (einsum.output, *einsum.reads):
+        for rank in access.ranks:
+            if rank not in cascade.ranks:
+                einsum.fail(f"{access}: {unknown('rank', rank, cascade.ranks)}")
+        if len(set(access.ranks)) < len(access.ranks):
+            einsum.fail(f"{access} has a rank twice")
+    if cascade.kind(einsum.output.tensor) not in ("activation", "kv_cache"):
+        einsum.fail(f"{einsum.output.tensor} is listed as {cascade.kind(einsum.output.tensor)} and cannot be made")
+    alone = len(einsum.terms) == 1
+    for term in einsum.terms:
+        _check_term(cascade, einsum, term, alone)
+
+
+def _check_term(cascade: Cascade, einsum: Einsum, term: Term, alone: bool) -> None:
+    """A product's ranks must cover the output's, unless it is a bias (fewer ranks) or a function that stands alone."""
+    available = {rank for access in term.accesses() for rank in access.ranks}
+    available |= {name for name in cascade.ranks if cascade.ranks[name].groups in available}
+    for factor in term.factors:
+        if isinstance(factor, Call) and factor.function == GATHER:
+            _check_gather(cascade, einsum, factor)
+    if alone and not term.is_function:
+        for rank in einsum.output.ranks:
+            if rank not in available:
+                size = cascade.ranks[rank].size or cascade.ranks[rank].bound
+                sizes = ", ".join(f"{name} ({cascade.ranks[name].size or cascade.ranks[name].bound})"
+                                  for name in sorted(available))
+                einsum.fail(f"nothing on the right has rank {rank} ({size}) of the left; it has {sizes}")
+
+
+def _check_gather(cascade: Cascade, einsum: Einsum, call: Call) -> None:
+    accesses = [term.factors[0] for argument in call.arguments for term in argument if len(term.factors) == 1]
+    if len(accesses) != 2 or not all(isinstance(access, Access) for access in accesses):
+        einsum.fail(f"{call}: gather takes a tensor and a tensor of indices")
+    if len(einsum.terms) > 1 or len(einsum.terms[0].factors) > 1:
+        einsum.fail(f"{call}: gather stands alone")
+
+
+def _check_same_ranks(cascade: Cascade, einsum: Einsum, access: Access, known: Einsum) -> None:
+    """Wherever a tensor appears its ranks have the same sizes; names may differ, and a cache is written by tokens
+    and read by context."""
+    other = next(a for a in (known.output, *known.reads) if a.tensor == access.tensor)
+    if len(other.ranks) != len(access.ranks):
+        einsum.fail(f"{access} has {len(access.ranks)} ranks, but {other} in {str(known)!r} has {len(other.ranks)}")
+    for mine, theirs in zip(access.ranks, other.ranks):
+        a, b = cascade.ranks[mine], cascade.ranks[theirs]
+        bounds = {a.bound, b.bound}
+        if cascade.kind(access.tensor) == "kv_cache":
+            bounds -= {"context"}
+            bounds = {"tokens"} if bounds <= {"tokens"} else bounds
+        if a.size != b.size and not (a.bound or b.bound) or len(bounds) > 1:
+            einsum.fail(
+                f"{access}: rank {mine} ({a.size or a.bound}) does not fit rank {theirs} ({b.size or b.bound}) "
+                f"of {other} in {str(known)!r} ({known.where})"
+            )
