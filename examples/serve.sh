@@ -4,8 +4,8 @@
 #     bash examples/serve.sh [--once] [MODEL [vllm serve arguments ...]]
 #
 # Without MODEL: a tiny model with random weights, so nothing is downloaded. Without an NVIDIA GPU: the CPU build of
-# vLLM, and the energy that the same batches would take on the GPU named in $ENERGYLENS_GPU (default H200-SXM).
-# Serves until interrupted; with --once it stops after the requests.
+# vLLM, and the joules that the same batches would take on the GPU named in $ENERGYLENS_GPU (H200-SXM if unset).
+# It serves at port $PORT (8000 if unset) until interrupted; with --once it stops after the requests.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/tools/environment.sh"
@@ -24,7 +24,7 @@ if [ "$#" = 0 ]; then
 fi
 if ! nvidia-smi >/dev/null 2>&1; then
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-    set -- "$@" --gpu-memory-utilization 0.08 --energylens "{\"gpu\": \"${ENERGYLENS_GPU:-H200-SXM}\"}"
+    set -- "$@" --gpu-memory-utilization 0.08
 fi
 
 echo "+ vllm serve $* --plugin energylens" >&2

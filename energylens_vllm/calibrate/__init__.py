@@ -1,0 +1,1 @@
+"""Profiles from measurements: recordings and their replay, microbenchmarks and fits, online correction."""
