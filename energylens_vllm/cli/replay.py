@@ -86,8 +86,9 @@ def as_text(scores: list[Score]) -> str:
     lines = [table(headers, rows)]
     if found := summary(scores):
         lines.append("\n".join(
-            f"{what}: MAPE {percent(found[f'{what}_mape'])} over phases, {percent(found[f'{what}_error'], signed=True)} "
-            f"in all; {percent(found[f'{what}_interval_coverage'])} of phases inside the 90 % interval"
+            f"{what}: MAPE {percent(found[f'{what}_mape'])} over phases, "
+            f"{percent(found[f'{what}_error'], signed=True)} in all; "
+            f"{percent(found[f'{what}_interval_coverage'])} of phases inside the 90 % interval"
             for what in ("energy", "time")
         ))  # fmt: skip
     else:

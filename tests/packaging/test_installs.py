@@ -26,7 +26,7 @@ print(json.dumps({{
     "hooks": energylens_vllm.hooks.vllm.__file__,
     "top_level": [name for name in {TOP_LEVEL} if importlib.util.find_spec(name)],
     "typed": files("energylens_vllm").joinpath("py.typed").is_file(),
-    "profiles": [path.name for path in files("energylens_vllm.hardware").joinpath("gpus").iterdir()],
+    "profiles": [path.name for path in files("energylens_vllm.hardware").joinpath("profiles").iterdir()],
     "catalog": [path.name for path in files("energylens_vllm.architectures").joinpath("catalog").iterdir()],
     "entry_points": {{f"{{point.group}} {{point.name}}": point.value for point in distribution.entry_points}},
 }}))
