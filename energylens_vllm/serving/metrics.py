@@ -1,0 +1,219 @@
+"""Every exported metric, in one table: the exporter, docs/metrics.md and the dashboards are made from it.
+
+A metric's `labels` are what it has besides `model_name` and `engine`, which all have, as vLLM's own metrics do. Where
+the values of a label are known beforehand they stand here, so that each series exists (at 0) from the first scrape on.
+`_total` of a counter is part of its name here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+COMMON_LABELS = ("model_name", "engine")
+MAX_SERIES_PER_ENGINE = 300
+
+PHASES = ("prefill", "decode")
+#: what the joules of a step are spent on; the values sum to the step's energy
+COMPONENTS = (
+    "static",
+    "linear",
+    "attention",
+    "experts",
+    "weights",
+    "kv_cache",
+    "activations",
+    "communication",
+    "host_gap",
+)
+#: why a step's prediction is less than sure; each widens its interval. Others that the model gives count as "other"
+FLAGS = (
+    "uncalibrated_gpu",
+    "reference_gpu",
+    "extrapolated",
+    "multimodal_not_modelled",
+    "lora_not_modelled",
+    "draft_model_not_modelled",
+    "kv_transfer_not_modelled",
+    "data_parallel_assumed_even",
+    "other",
+)
+#: where the plugin can fail without harm to serving
+PLACES = ("schedule", "update", "read", "predict", "listen", "report", "export")
+PREDICTOR_STATES = ("ready", "model_unknown", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One exported metric. `labels` maps each further label to its values, or to () where they are not known yet."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    unit: str  #: as in the name: joules, seconds, tokens, ...; "" for a ratio or an info metric
+    help: str
+    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    buckets: tuple[float, ...] = ()  #: upper bounds of a histogram, +Inf left out
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Its labels without the common ones, in the order in which values are given."""
+        return tuple(name for name, _ in self.labels)
+
+    def known_label_values(self) -> Iterator[tuple[str, ...]]:
+        """Each combination of label values that is known beforehand; none if one label's values are not."""
+        return itertools.product(*(values for _, values in self.labels))
+
+    @property
+    def series(self) -> int:
+        """Time series an engine has of it from the start (a histogram has one a bucket, +Inf, _sum and _count)."""
+        combinations = sum(1 for _ in self.known_label_values())
+        return combinations * (len(self.buckets) + 3 if self.type == "histogram" else 1)
+
+
+def _decades(low: int, high: int) -> tuple[float, ...]:
+    """1, 2, 5 in each power of ten from 10**low, up to 10**high."""
+    return (*(float(f"{digit}e{power}") for power in range(low, high) for digit in (1, 2, 5)), float(f"1e{high}"))
+
+
+_PHASE = (("phase", PHASES),)
+
+PREDICTION = (
+    Metric(
+        "energylens_predicted_energy_joules_total",
+        "counter",
+        "joules",
+        "Predicted GPU energy of the engine's steps, over all its GPUs.",
+        _PHASE,
+    ),
+    Metric(
+        "energylens_predicted_component_energy_joules_total",
+        "counter",
+        "joules",
+        "The same joules by what they are spent on.",
+        (("component", COMPONENTS),),
+    ),
+    Metric(
+        "energylens_predicted_energy_bound_joules_total",
+        "counter",
+        "joules",
+        "Lower and upper end of the prediction interval of the steps' energy, summed as if all errors went one way.",
+        (("bound", ("lower", "upper")),),
+    ),
+    Metric(
+        "energylens_step_energy_joules",
+        "histogram",
+        "joules",
+        "Predicted energy of one engine step.",
+        buckets=_decades(-3, 4),
+    ),
+    Metric(
+        "energylens_predicted_step_time_seconds_total",
+        "counter",
+        "seconds",
+        "Predicted duration of the engine's steps.",
+    ),
+    Metric(
+        "energylens_measured_step_time_seconds_total",
+        "counter",
+        "seconds",
+        "Measured duration of the steps that were predicted; time without work is not in it.",
+    ),
+    Metric(
+        "energylens_step_time_ratio",
+        "histogram",
+        "",
+        "Measured over predicted duration of one engine step.",
+        buckets=(0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2.0, 4.0),
+    ),
+    Metric(
+        "energylens_steps_total",
+        "counter",
+        "steps",
+        "Engine steps that did work: prefill only, decode only, or both in one batch (mixed).",
+        (("phase", (*PHASES, "mixed")),),
+    ),
+    Metric(
+        "energylens_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens computed. Draft tokens of speculative decoding are decode work; tokens computed again after a "
+        "preemption are prefill work.",
+        _PHASE,
+    ),
+    Metric(
+        "energylens_cached_tokens_total",
+        "counter",
+        "tokens",
+        "Prompt tokens found in a prefix cache, which were not computed.",
+    ),
+    Metric(
+        "energylens_draft_tokens_total",
+        "counter",
+        "tokens",
+        "Draft tokens of speculative decoding that were verified (part of the decode tokens).",
+    ),
+    Metric(
+        "energylens_unpredicted_steps_total",
+        "counter",
+        "steps",
+        "Engine steps without a prediction: the model is not known, or predicting failed.",
+    ),
+    Metric(
+        "energylens_dummy_steps_total",
+        "counter",
+        "steps",
+        "Steps without requests that a data-parallel rank ran to stay in step with the others; not predicted.",
+    ),
+    Metric(
+        "energylens_flagged_steps_total",
+        "counter",
+        "steps",
+        "Engine steps whose prediction is less than sure, by reason. A step may have several.",
+        (("flag", FLAGS),),
+    ),
+)
+
+PLUGIN = (
+    Metric(
+        "energylens_build_info",
+        "gauge",
+        "",
+        "1; the releases that run.",
+        (("version", ()), ("vllm_version", ())),
+    ),
+    Metric(
+        "energylens_profile_info",
+        "gauge",
+        "",
+        "1; what is predicted for: the GPU profile, where its name came from (setting, detected or reference) and the "
+        "deployment of this engine.",
+        (
+            ("gpu", ()),
+            ("source", ()),
+            ("dtype", ()),
+            ("quantization", ()),
+            ("tensor_parallel_size", ()),
+            ("pipeline_parallel_size", ()),
+        ),
+    ),
+    Metric(
+        "energylens_predictor_state",
+        "gauge",
+        "",
+        "1 for the state that the engine's predictor is in, 0 for the others.",
+        (("state", PREDICTOR_STATES),),
+    ),
+    Metric(
+        "energylens_plugin_failures_total",
+        "counter",
+        "failures",
+        "Failures inside the plugin, by place. Serving goes on; the first of each place is logged.",
+        (("place", PLACES),),
+    ),
+)
+
+#: Add a group here and it is exported, documented and counted against MAX_SERIES_PER_ENGINE.
+METRICS: tuple[Metric, ...] = (*PREDICTION, *PLUGIN)
+BY_NAME = {metric.name: metric for metric in METRICS}

@@ -1,0 +1,49 @@
+"""What happens in an engine's process when its scheduler has been made."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from energylens_vllm.hooks.vllm import status
+from energylens_vllm.hooks.vllm.batch import Reader
+from energylens_vllm.hooks.vllm.deployment import describe
+from energylens_vllm.serving import settings
+from energylens_vllm.serving.metrics import PREDICTOR_STATES
+from energylens_vllm.serving.observer import StepObserver
+from energylens_vllm.serving.start import Started, start_predictor
+
+logger = logging.getLogger("energylens_vllm")
+
+
+def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
+    """The observer of this engine, or None if it is switched off or vLLM collects no statistics.
+
+    With `--plugin energylens` an engine that cannot be predicted does not start; else its steps are only counted.
+    """
+    try:
+        chosen = settings.load(vllm_config.additional_config)
+        if not chosen.enabled:
+            return None
+        if not scheduler.log_stats:
+            logger.info("energylens is idle: vLLM collects no statistics (--disable-log-stats)")
+            return None
+        started = start_predictor(describe(vllm_config), chosen.gpu)
+        if started.predictor is None and status.is_required():
+            raise RuntimeError(started.problem)
+        return _observe(started, chosen.report_interval_s)
+    except Exception as error:
+        status.unusable(error)
+        return None
+
+
+def _observe(started: Started, report_interval_s: float) -> StepObserver:
+    observer = StepObserver(Reader(started.flags), started.predictor, report_interval_s)
+    if started.predictor is None:
+        logger.warning("energylens only counts steps, it cannot predict them: %s", started.problem)
+    else:
+        logger.info("energylens predicts each step for %s (%s)", started.info["gpu"], started.info["source"])
+    for state in PREDICTOR_STATES:
+        observer.increments.set("energylens_predictor_state", float(state == started.state), state)
+    observer.increments.set("energylens_profile_info", 1.0, *started.info.values())
+    return observer
