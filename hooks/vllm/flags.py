@@ -16,6 +16,7 @@ from typing import Any
 
 from energylens_vllm.errors import EnergyLensError, unknown
 from energylens_vllm.hooks.vllm import status
+from energylens_vllm.hooks.vllm.start import check
 from energylens_vllm.serving import settings
 
 #: modules of vLLM that are changed only when they are imported; `--plugin energylens` tries them at once
@@ -29,19 +30,28 @@ _CHANGED = (
 
 
 def install(arg_utils: ModuleType) -> None:
-    """Have `EngineArgs.add_cli_args` add our flags."""
-    original = arg_utils.EngineArgs.add_cli_args
+    """Have `EngineArgs` add our flags, and check before anything is started what `--plugin energylens` asks for."""
+    add_original = arg_utils.EngineArgs.add_cli_args
+    create_original = arg_utils.EngineArgs.create_engine_config
 
-    @functools.wraps(original)
+    @functools.wraps(add_original)
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        parser = original(parser, *args, **kwargs)
+        parser = add_original(parser, *args, **kwargs)
         try:
             add_flags(parser)
         except Exception as error:
             status.unusable(error)
         return parser
 
+    @functools.wraps(create_original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = create_original(self, *args, **kwargs)
+        if status.is_required():
+            check(vllm_config)
+        return vllm_config
+
     arg_utils.EngineArgs.add_cli_args = staticmethod(add_cli_args)
+    arg_utils.EngineArgs.create_engine_config = create_engine_config
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hooks.vllm import status
 from energylens_vllm.hooks.vllm.batch import Reader
 from energylens_vllm.hooks.vllm.deployment import describe
@@ -26,15 +27,30 @@ def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
         if not chosen.enabled:
             return None
         if not scheduler.log_stats:
-            logger.info("energylens is idle: vLLM collects no statistics (--disable-log-stats)")
+            logger.info("energylens does nothing: vLLM collects no statistics (--disable-log-stats)")
             return None
-        started = start_predictor(describe(vllm_config), chosen.gpu)
-        if started.predictor is None and status.is_required():
-            raise RuntimeError(started.problem)
-        return _observe(started, chosen.report_interval_s)
+        return _observe(_start(vllm_config, chosen), chosen.report_interval_s)
     except Exception as error:
         status.unusable(error)
         return None
+
+
+def check(vllm_config: Any) -> None:
+    """Find out before the engines start whether they can be predicted.
+
+    Raises RuntimeError if not, or if the settings are wrong, after `--plugin energylens`.
+    """
+    try:
+        _start(vllm_config, settings.load(vllm_config.additional_config))
+    except Exception as error:
+        status.unusable(error)
+
+
+def _start(vllm_config: Any, chosen: settings.Settings) -> Started:
+    started = start_predictor(describe(vllm_config), chosen.gpu)
+    if started.predictor is None and status.is_required():
+        raise EnergyLensError(started.problem)
+    return started
 
 
 def _observe(started: Started, report_interval_s: float) -> StepObserver:
