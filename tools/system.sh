@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the programs that some tests drive, where Debian's apt-get may be used; elsewhere those tests are skipped.
 set -euo pipefail
-declare -A package=([prometheus]=prometheus [promtool]=prometheus [amtool]=prometheus-alertmanager [chromium]=chromium)
+declare -A package=([prometheus]=prometheus [amtool]=prometheus-alertmanager [chromium]=chromium)
 wanted=()
 for program in "${!package[@]}"; do
     command -v "$program" >/dev/null || wanted+=("${package[$program]}")
