@@ -1,7 +1,9 @@
 """The einsum language: text, YAML or Python -> `Cascade` -> kernels with exact work. Knows no GPU and no vLLM."""
 
 from energylens_vllm.einsum.cascade import Block, Cascade, Group, block, build_cascade
+from energylens_vllm.einsum.document import dump_cascade, load_cascade
 from energylens_vllm.einsum.errors import EinsumError
+from energylens_vllm.einsum.fusion import Difference, compare, fuse, unfuse
 from energylens_vllm.einsum.kernel import (
     AttentionShape,
     CollectiveShape,
@@ -20,6 +22,7 @@ __all__ = [
     "Block",
     "Cascade",
     "CollectiveShape",
+    "Difference",
     "EinsumError",
     "ExpertShape",
     "GemmShape",
@@ -32,4 +35,9 @@ __all__ = [
     "Widths",
     "block",
     "build_cascade",
+    "compare",
+    "dump_cascade",
+    "fuse",
+    "load_cascade",
+    "unfuse",
 ]

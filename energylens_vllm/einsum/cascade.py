@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Literal, get_args
 
@@ -75,13 +76,64 @@ class Cascade:
     blocks: tuple[Block, ...]
     tied: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    _lowered: dict[tuple[Widths, Mesh], tuple[Kernel, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def kind(self, tensor: str) -> Kind:
         return self.kinds.get(tensor, "activation")
 
+    def is_weight(self, tensor: str) -> bool:
+        return self.kinds.get(tensor) in WEIGHTS
+
     def einsums(self) -> Iterator[Einsum]:
         for each in self.blocks:
             yield from each.einsums
+
+    @cached_property
+    def handed_on(self) -> Mapping[str, tuple[Einsum, Access]]:
+        """Activations that a layer takes from the block before it, with the einsum that reads them."""
+        found: dict[str, tuple[Einsum, Access]] = {}
+        for each in self.blocks:
+            made: set[str] = set()
+            for einsum in each.einsums:
+                for access in einsum.reads:
+                    if self.kind(access.tensor) == "activation" and access.tensor not in made:
+                        found.setdefault(access.tensor, (einsum, access))
+                made.add(einsum.output.tensor)
+        return found
+
+    @cached_property
+    def kept(self) -> Mapping[tuple[str, str], frozenset[str]]:
+        """Of each (block, group), the tensors it makes that reach HBM: read by another group, or results."""
+        readers: dict[str, set[tuple[str, str]]] = {}
+        for each in self.blocks:
+            for group in each.groups:
+                for einsum in group.einsums:
+                    for access in einsum.reads:
+                        readers.setdefault(access.tensor, set()).add((each.name, group.name))
+        kept = {}
+        for each in self.blocks:
+            for group in each.groups:
+                here = (each.name, group.name)
+                made: set[str] = set()
+                taken = set()  # read before it is made: handed on by the same group in the layer before
+                for einsum in group.einsums:
+                    taken |= {access.tensor for access in einsum.reads} - made
+                    made.add(einsum.output.tensor)
+                kept[here] = frozenset(
+                    tensor for tensor in made if tensor in taken or readers.get(tensor, set()) != {here}
+                )
+        return kept
+
+    def expert_rank(self, block: Block) -> str | None:
+        """The rank of a block's experts."""
+        for einsum in block.einsums:
+            for access in einsum.reads:
+                for name in access.ranks:
+                    if self.ranks[name].select is not None:
+                        return name
+        return None
 
     def parameters(self) -> int:
         """Elements of all weights of the whole model, tied ones once."""
@@ -91,7 +143,7 @@ class Cascade:
                 access.tensor: access.ranks
                 for einsum in each.einsums
                 for access in einsum.reads
-                if self.kind(access.tensor) in WEIGHTS and access.tensor not in self.tied
+                if self.is_weight(access.tensor) and access.tensor not in self.tied
             }
             elements = sum(prod(self.ranks[rank].size or 1 for rank in ranks) for ranks in weights.values())
             total += elements * (each.count or 1)
@@ -104,7 +156,19 @@ class Cascade:
         """
         from energylens_vllm.einsum.lowering import lower
 
-        return lower(self, widths or Widths(), mesh or Mesh())
+        key = (widths or Widths(), mesh or Mesh())
+        if key not in self._lowered:
+            self._lowered[key] = tuple(lower(self, *key))
+        return list(self._lowered[key])
+
+    def weight_bytes(self, widths: Widths | None = None, mesh: Mesh | None = None) -> list[float]:
+        """Bytes of the weights that one GPU of each pipeline stage holds.
+
+        Raises EinsumError where the mesh cannot split a rank.
+        """
+        from energylens_vllm.einsum.lowering import weight_bytes
+
+        return weight_bytes(self, widths or Widths(), mesh or Mesh())
 
 
 def build_cascade(
@@ -148,16 +212,17 @@ def build_cascade(
 
 def _check(cascade: Cascade) -> None:
     _check_names(cascade)
-    made = {}  # activation or cache -> the einsum that first made it
     for einsum in cascade.einsums():
         _check_einsum(cascade, einsum)
+    made: dict[str, Einsum] = {}  # activation or cache -> an einsum that makes it
+    for einsum in cascade.einsums():
         made.setdefault(einsum.output.tensor, einsum)
     first = dict(made)
     for each in cascade.blocks:
         weights: dict[str, Einsum] = {}
         for einsum in each.einsums:
             for access in (*einsum.reads, einsum.output):
-                if cascade.kind(access.tensor) in WEIGHTS:  # each block has its own
+                if cascade.is_weight(access.tensor):  # each block has its own
                     known = weights.setdefault(access.tensor, einsum)
                 elif access.tensor in made or cascade.kind(access.tensor) != "activation":
                     known = first.setdefault(access.tensor, einsum)
@@ -192,7 +257,7 @@ def _check_names(cascade: Cascade) -> None:
             raise EinsumError(str(unknown("tensors", tensor, used, "No einsum uses it.")))
     for tensor, other in cascade.tied.items():
         for which in (tensor, other):
-            if cascade.kind(which) not in WEIGHTS:
+            if not cascade.is_weight(which):
                 raise EinsumError(f"tied: {which!r} is not a weight")
         if other in cascade.tied:
             raise EinsumError(f"tied: {other!r} is tied itself")
@@ -207,33 +272,72 @@ def _check_einsum(cascade: Cascade, einsum: Einsum) -> None:
             einsum.fail(f"{access} has a rank twice")
     if cascade.kind(einsum.output.tensor) not in ("activation", "kv_cache"):
         einsum.fail(f"{einsum.output.tensor} is listed as {cascade.kind(einsum.output.tensor)} and cannot be made")
-    alone = len(einsum.terms) == 1
+    calls = [call for term in einsum.terms for factor in term.factors for call in factor.calls()]
+    if any(call.function == GATHER for call in calls):
+        _check_gather(cascade, einsum)
+        return
     for term in einsum.terms:
-        _check_term(cascade, einsum, term, alone)
+        _check_covers(cascade, einsum, term)
+        _check_sums(cascade, einsum, term)
 
 
-def _check_term(cascade: Cascade, einsum: Einsum, term: Term, alone: bool) -> None:
-    """A product's ranks must cover the output's, unless it is a bias (fewer ranks) or a function that stands alone."""
-    available = {rank for access in term.accesses() for rank in access.ranks}
-    available |= {name for name in cascade.ranks if cascade.ranks[name].groups in available}
+def _check_covers(cascade: Cascade, einsum: Einsum, term: Term) -> None:
+    """A term has every rank of the left side, unless it is a bias. A function may bring in selected ranks (top-k)."""
+    if len(einsum.terms) > 1 and all(cascade.is_weight(access.tensor) for access in term.accesses()):
+        return
+    available = {name for access in term.accesses() for name in access.ranks}
+    for name in einsum.output.ranks:
+        rank = cascade.ranks[name]
+        of_group = any(cascade.ranks[other].groups == name for other in available)
+        if name not in available and not of_group and not (term.is_function and rank.select):
+            others = ", ".join(_sized(cascade, other) for other in sorted(available - set(einsum.output.ranks)))
+            einsum.fail(f"{term} lacks rank {_sized(cascade, name)} of {einsum.output}; it has {others or 'no other'}")
+
+
+def _check_sums(cascade: Cascade, einsum: Einsum, term: Term) -> None:
+    """In a product, a rank that is summed over joins two tensors; one tensor alone may be summed."""
+    if len(term.factors) == 1:
+        return
+    holders: dict[str, int] = {}
     for factor in term.factors:
-        if isinstance(factor, Call) and factor.function == GATHER:
-            _check_gather(cascade, einsum, factor)
-    if alone and not term.is_function:
-        for rank in einsum.output.ranks:
-            if rank not in available:
-                size = cascade.ranks[rank].size or cascade.ranks[rank].bound
-                sizes = ", ".join(f"{name} ({cascade.ranks[name].size or cascade.ranks[name].bound})"
-                                  for name in sorted(available))
-                einsum.fail(f"nothing on the right has rank {rank} ({size}) of the left; it has {sizes}")
+        names = {name for access in factor.accesses() for name in access.ranks}
+        names |= {of for name in names if (of := cascade.ranks[name].groups) is not None}
+        for name in names:
+            holders[name] = holders.get(name, 0) + 1
+    lone = [
+        name
+        for access in term.accesses()
+        for name in access.ranks
+        if name not in einsum.output.ranks and holders[name] == 1 and cascade.ranks[name].groups not in holders
+    ]
+    if lone:
+        ranks = " and ".join(_sized(cascade, name) for name in dict.fromkeys(lone))
+        einsum.fail(f"{term} sums over {ranks}, which only one of its tensors has and {einsum.output} lacks")
 
 
-def _check_gather(cascade: Cascade, einsum: Einsum, call: Call) -> None:
-    accesses = [term.factors[0] for argument in call.arguments for term in argument if len(term.factors) == 1]
-    if len(accesses) != 2 or not all(isinstance(access, Access) for access in accesses):
-        einsum.fail(f"{call}: gather takes a tensor and a tensor of indices")
-    if len(einsum.terms) > 1 or len(einsum.terms[0].factors) > 1:
-        einsum.fail(f"{call}: gather stands alone")
+def _check_gather(cascade: Cascade, einsum: Einsum) -> None:
+    call = einsum.terms[0].factors[0]
+    accesses = [term.factors[0] for argument in call.arguments for term in argument] if isinstance(call, Call) else []
+    if len(einsum.terms) > 1 or len(einsum.terms[0].factors) > 1 or len(accesses) != 2:
+        einsum.fail("gather(tensor, indices) stands alone and takes two tensors")
+    source, index = accesses
+    if not isinstance(source, Access) or not isinstance(index, Access):
+        einsum.fail("gather(tensor, indices) stands alone and takes two tensors")
+    taken = [name for name in source.ranks if name not in einsum.output.ranks]
+    if len(taken) != 1:
+        einsum.fail(
+            f"gather picks along one rank of {source}, the one that {einsum.output} lacks; here {taken or 'none'}"
+        )
+    expected = {*source.ranks, *index.ranks} - set(taken)
+    if expected != set(einsum.output.ranks):
+        wanted = ", ".join(_sized(cascade, name) for name in sorted(expected))
+        given = ", ".join(_sized(cascade, name) for name in einsum.output.ranks)
+        einsum.fail(f"gather gives the ranks {wanted}, but {einsum.output} has {given}")
+
+
+def _sized(cascade: Cascade, name: str) -> str:
+    rank = cascade.ranks[name]
+    return f"{name} ({rank.size or rank.bound})"
 
 
 def _check_same_ranks(cascade: Cascade, einsum: Einsum, access: Access, known: Einsum) -> None:
@@ -242,14 +346,12 @@ def _check_same_ranks(cascade: Cascade, einsum: Einsum, access: Access, known: E
     other = next(a for a in (known.output, *known.reads) if a.tensor == access.tensor)
     if len(other.ranks) != len(access.ranks):
         einsum.fail(f"{access} has {len(access.ranks)} ranks, but {other} in {str(known)!r} has {len(other.ranks)}")
-    for mine, theirs in zip(access.ranks, other.ranks):
+    cache = cascade.kind(access.tensor) == "kv_cache"
+    for mine, theirs in zip(access.ranks, other.ranks, strict=True):
         a, b = cascade.ranks[mine], cascade.ranks[theirs]
-        bounds = {a.bound, b.bound}
-        if cascade.kind(access.tensor) == "kv_cache":
-            bounds -= {"context"}
-            bounds = {"tokens"} if bounds <= {"tokens"} else bounds
-        if a.size != b.size and not (a.bound or b.bound) or len(bounds) > 1:
+        same_bound = a.bound == b.bound or (cache and {a.bound, b.bound} == {"tokens", "context"})
+        if a.size != b.size or not same_bound or a.split != b.split:
             einsum.fail(
-                f"{access}: rank {mine} ({a.size or a.bound}) does not fit rank {theirs} ({b.size or b.bound}) "
-                f"of {other} in {str(known)!r} ({known.where})"
+                f"{access}: rank {_sized(cascade, mine)} does not fit rank {_sized(cascade, theirs)} of {other} in "
+                f"{str(known)!r} ({known.where})"
             )

@@ -17,6 +17,9 @@ from energylens_vllm.einsum.errors import EinsumError
 
 GATHER = "gather"
 
+#: Functions of one argument that a partial sum passes through.
+LINEAR = frozenset({"scale"})
+
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z][A-Za-z0-9_]*)|(?P<mark>[\[\](),*+=]))")
 
 
@@ -30,6 +33,12 @@ class Access:
     def __str__(self) -> str:
         return f"{self.tensor}[{','.join(self.ranks)}]"
 
+    def accesses(self) -> Iterator[Access]:
+        yield self
+
+    def calls(self) -> Iterator[Call]:
+        yield from ()
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -40,6 +49,18 @@ class Call:
 
     def __str__(self) -> str:
         return f"{self.function}({', '.join(_sum_text(argument) for argument in self.arguments)})"
+
+    def accesses(self) -> Iterator[Access]:
+        for argument in self.arguments:
+            for term in argument:
+                yield from term.accesses()
+
+    def calls(self) -> Iterator[Call]:
+        yield self
+        for argument in self.arguments:
+            for term in argument:
+                for factor in term.factors:
+                    yield from factor.calls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +74,7 @@ class Term:
 
     def accesses(self) -> Iterator[Access]:
         for factor in self.factors:
-            yield from _accesses(factor)
+            yield from factor.accesses()
 
     @property
     def is_gather(self) -> bool:
@@ -62,15 +83,6 @@ class Term:
     @property
     def is_function(self) -> bool:
         return len(self.factors) == 1 and isinstance(self.factors[0], Call)
-
-
-def _accesses(factor: Access | Call) -> Iterator[Access]:
-    if isinstance(factor, Access):
-        yield factor
-        return
-    for argument in factor.arguments:
-        for term in argument:
-            yield from term.accesses()
 
 
 def _sum_text(terms: tuple[Term, ...]) -> str:

@@ -30,7 +30,7 @@ class Widths:
     """Bytes per element of each kind of tensor (scales of block formats included)."""
 
     weight: float = 2.0  #: weights that quantization touches (linear layers, experts)
-    expert_weight: float = 2.0  #: expert weights (differs from `weight` where only experts are quantized, as in gpt-oss)
+    expert_weight: float = 2.0  #: experts (differs from `weight` where only they are quantized, as in gpt-oss)
     plain_weight: float = 2.0  #: weights that quantization leaves alone (embedding, head, norms, router)
     kv_cache: float = 2.0
     activation: float = 2.0
@@ -38,12 +38,17 @@ class Widths:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Parallel degrees. `ep` ranks hold different experts; vLLM makes it tp * dp when expert parallelism is on."""
+    """Parallel degrees. `ep` ranks hold different experts; vLLM makes it tp * dp when expert parallelism is on, and 1
+    otherwise. With dp > 1 tokens reach the experts of other data-parallel ranks by all-gather and come back by
+    reduce-scatter; with `all2all` (vLLM's DeepEP and other all2all backends) expert parallelism exchanges only the
+    tokens that are wanted. `redundant_experts` are copies for load balancing (vLLM's EPLB)."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     ep: int = 1
+    all2all: bool = False
+    redundant_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,11 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveShape:
-    """`op` over the `axis` group of `size` GPUs; the payload's bytes are the kernel's `activation_bytes`."""
+    """`op` over the `axis` group of `size` GPUs.
+
+    The kernel's `activation_bytes` are the message: for all_reduce the tensor, for all_gather the gathered tensor, for
+    reduce_scatter the tensor before it is scattered, for all_to_all what one GPU sends, for send_recv what is sent.
+    """
 
     op: CollectiveOp
     axis: Literal["tp", "ep", "dp", "pp"]

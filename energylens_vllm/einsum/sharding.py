@@ -1,0 +1,204 @@
+"""Sharding: how ranks are split over a mesh as vLLM splits them, and which exchange a change of layout needs.
+
+Three places where an einsum can run, by which tokens a GPU holds there:
+
+`local`     the tokens of its data-parallel rank, replicated over tp; ranks with `split: tp` are split over tp
+`sequence`  a tp-th of those tokens (vLLM's sequence-parallel experts: tp, dp and expert parallelism together); the
+            tokens take up the tp axis, so nothing else can be split over it
+`experts`   the tokens of all data-parallel ranks; experts are split over ep = tp * dp, or without expert parallelism
+            each expert's `tp` ranks over tp * dp
+
+Source: vLLM 0.32 `FusedMoEParallelConfig.make`, `ParallelConfig.use_sequence_parallel_moe`, `QKVParallelLinear`,
+`VocabParallelEmbedding`, `AgRsAll2AllManager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from energylens_vllm.einsum.errors import EinsumError
+from energylens_vllm.einsum.kernel import CollectiveShape, Mesh
+
+if TYPE_CHECKING:
+    from energylens_vllm.einsum.cascade import Cascade
+
+Place = Literal["local", "sequence", "experts"]
+Axis = Literal["tp", "dp"]
+
+WHOLE: frozenset[Axis] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where an activation lies, the axes over which it is still a partial sum, and whether ranks that would be split
+    were gathered."""
+
+    place: Place = "local"
+    partial: frozenset[Axis] = WHOLE
+    gathered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A collective that turns one layout into another; `payload` is the layout in which its bytes are counted."""
+
+    shape: CollectiveShape
+    payload: Layout
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises EinsumError on degrees that no deployment has."""
+    for name in ("tp", "pp", "dp", "ep"):
+        degree = getattr(mesh, name)
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            raise EinsumError(f"mesh {name}: {degree!r} is not a positive whole number")
+    if mesh.ep not in (1, mesh.tp * mesh.dp):
+        raise EinsumError(f"mesh ep: {mesh.ep} is neither 1 (off) nor tp * dp = {mesh.tp * mesh.dp}")
+
+
+class Sharding:
+    """How one mesh splits the ranks of one cascade."""
+
+    def __init__(self, cascade: Cascade, mesh: Mesh) -> None:
+        check_mesh(mesh)
+        self.cascade, self.ranks, self.mesh = cascade, cascade.ranks, mesh
+        #: sequence-parallel experts: only where tokens are replicated over tp and experts live on all GPUs
+        self.sequence = mesh.ep > 1 and mesh.tp > 1 and mesh.dp > 1
+        #: the axes of the group that shares the experts
+        self.expert_axes: frozenset[Axis] = WHOLE
+        if mesh.tp > 1:
+            self.expert_axes |= {"tp"}
+        if mesh.dp > 1:
+            self.expert_axes |= {"dp"}
+        self._degrees: dict[tuple[str, Place], int] = {}
+
+    def degree(self, name: str, place: Place) -> int:
+        """Into how many parts the rank is split. Raises EinsumError where it does not divide."""
+        key = (name, place)
+        if key not in self._degrees:
+            self._degrees[key] = self._degree(name, place)
+        return self._degrees[key]
+
+    def _degree(self, name: str, place: Place) -> int:
+        rank = self.ranks[name]
+        if rank.groups is not None:  # KV heads: as many parts as the query heads, replicated beyond their number
+            assert rank.size is not None
+            parts = self.degree(rank.groups, place)
+            if parts % rank.size and rank.size % parts:
+                self._fail(
+                    name, f"follows rank {rank.groups!r}, but neither of {rank.size} and {parts} divides the other"
+                )
+            return min(parts, rank.size)
+        mesh = self.mesh
+        if place == "sequence" or rank.split is None:
+            return 1
+        if rank.split == "ep":
+            return mesh.ep if place == "experts" else 1
+        parts = mesh.tp if place == "local" else mesh.tp * mesh.dp if mesh.ep == 1 else 1
+        if rank.padded % parts:
+            self._fail(name, f"is not divisible by {'tp' if place == 'local' else 'tp * dp'} = {parts}")
+        return parts
+
+    def _fail(self, name: str, problem: str) -> NoReturn:
+        rank = self.ranks[name]
+        user = next(e for e in self.cascade.einsums() if any(name in a.ranks for a in (e.output, *e.reads)))
+        raise EinsumError(
+            f"{self.cascade.name}: rank {name!r} ({rank.padded}) of {str(user)!r} ({user.where}) {problem}"
+        )
+
+    def experts(self, name: str) -> tuple[int, int]:
+        """(experts of the layer, experts on the GPU that has most), redundant ones included."""
+        size = self.ranks[name].size
+        assert size is not None
+        total = size + self.mesh.redundant_experts
+        return total, -(-total // self.degree(name, "experts"))
+
+    def token_share(self, place: Place, experts: str | None) -> float:
+        """Tokens that a GPU holds in `place`, as a multiple of its data-parallel rank's tokens. `experts`: the rank of
+        the experts, for which all-to-all kernels send each GPU only the tokens that it needs."""
+        if place == "local":
+            return 1.0
+        if place == "sequence":
+            return 1.0 / self.mesh.tp
+        wanted = self.reached(experts) if self.mesh.all2all and self.mesh.ep > 1 and experts is not None else 1.0
+        return self.mesh.dp * wanted
+
+    def reached(self, name: str) -> float:
+        """The share of all tokens of which at least one selected expert is on this GPU, under uniform routing."""
+        total, local = self.experts(name)
+        missed = 1.0
+        for i in range(self.ranks[name].select or total):
+            missed *= max(0.0, (total - local - i) / (total - i))
+        return 1.0 - missed
+
+    # -- exchanges ------------------------------------------------------------------------------------------------
+
+    def reduce(self, layout: Layout) -> tuple[Exchange, Layout]:
+        """Complete a partial sum."""
+        shape = {
+            frozenset({"tp"}): CollectiveShape("all_reduce", "tp", self.mesh.tp),
+            frozenset({"dp"}): CollectiveShape("all_reduce", "dp", self.mesh.dp),
+        }.get(layout.partial, CollectiveShape("all_reduce", "ep", self.mesh.tp * self.mesh.dp))
+        return Exchange(shape, layout), replace(layout, partial=WHOLE)
+
+    def gather_rank(self, layout: Layout) -> tuple[Exchange, Layout]:
+        """Put together a tensor whose ranks are split over tp."""
+        after = replace(layout, gathered=True)
+        return Exchange(CollectiveShape("all_gather", "tp", self.mesh.tp), after), after
+
+    def gather_sequence(self, layout: Layout) -> tuple[Exchange, Layout]:
+        after = replace(layout, place="local")
+        return Exchange(CollectiveShape("all_gather", "tp", self.mesh.tp), after), after
+
+    def dispatch(self, layout: Layout) -> tuple[Exchange | None, Layout]:
+        """From where tokens are to the experts."""
+        after = Layout("experts")
+        if self.mesh.dp == 1:  # every GPU of the group holds all tokens: it skips those of other GPUs' experts
+            return None, after
+        return Exchange(self._expert_shape("all_gather"), after), after
+
+    def combine(self, layout: Layout) -> tuple[Exchange | None, Layout]:
+        """From the experts back; what stays partial over tp is for the consumer to reduce."""
+        if self.mesh.dp == 1:
+            return None, Layout("local", layout.partial)
+        shape = self._expert_shape("reduce_scatter")
+        whole = shape.axis == "ep"
+        after = Layout("sequence" if self.sequence else "local", WHOLE if whole else layout.partial - {"dp"})
+        return Exchange(shape, layout), after
+
+    def _expert_shape(self, op: Literal["all_gather", "reduce_scatter"]) -> CollectiveShape:
+        mesh = self.mesh
+        if mesh.all2all and mesh.ep > 1:
+            return CollectiveShape("all_to_all", "ep", mesh.ep)
+        if self.sequence:
+            return CollectiveShape(op, "ep", mesh.ep)
+        return CollectiveShape(op, "dp", mesh.dp)
+
+
+def stage_layers(layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage, as vLLM's `get_pp_indices`: a remainder goes to stages from the last but one
+    backwards. Raises EinsumError if a stage would have none."""
+    if stages > max(layers, 1):
+        raise EinsumError(f"mesh pp: {stages} stages for {layers} layers")
+    counts = [layers // stages] * stages
+    for i in range(2, layers % stages + 2):
+        counts[-i] += 1
+    return counts
+
+
+def layer_sequence(counts: Mapping[str, int], order: Iterable[str]) -> list[str]:
+    """The block of each layer: `order` over and over, each block until its count is used up; without it one block
+    after the other."""
+    cycle = list(order)
+    if not cycle:
+        return [name for name, count in counts.items() for _ in range(count)]
+    left = dict(counts)
+    sequence: list[str] = []
+    while any(left.values()):
+        for name in cycle:
+            if left[name]:
+                left[name] -= 1
+                sequence.append(name)
+    return sequence
