@@ -2,8 +2,8 @@
 
 Each report reaches only one of several API servers, and Prometheus' multi-process mode adds the servers' counters, so
 what travels are increments. A float sum depends on the order of its terms, and that order is not ours. Therefore what
-is shipped of a counter is rounded to a multiple of `GRID` = 2**-36 (15 picojoules, 15 picoseconds), and the rest is carried
-to the next report: sums of such multiples are exact in any order below 2**17 (131 kJ; above, as exact as any
+is shipped of a counter is rounded to a multiple of `GRID` = 2**-36 (15 picojoules, 15 picoseconds), and the rest is
+carried to the next report: sums of such multiples are exact in any order below 2**17 (131 kJ; above, as exact as any
 float64 counter). So at any time the counter on /metrics plus what is still to be shipped is the exact sum of the
 per-step values, and after any number of steps the two differ by less than 15 picojoules, not by a growing error.
 """

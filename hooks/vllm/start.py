@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from energylens_vllm.errors import EnergyLensError
-from energylens_vllm.hooks.vllm import status
+from energylens_vllm.hooks.vllm import log, status
 from energylens_vllm.hooks.vllm.batch import Reader
 from energylens_vllm.hooks.vllm.deployment import describe
 from energylens_vllm.serving import settings
@@ -22,6 +22,7 @@ def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
 
     With `--plugin energylens` an engine that cannot be predicted does not start; else its steps are only counted.
     """
+    log.follow_vllm()
     try:
         chosen = settings.load(vllm_config.additional_config)
         if not chosen.enabled:
