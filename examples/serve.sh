@@ -20,7 +20,7 @@ if [ "$#" = 0 ]; then
     model=$root/build/tiny-model
     python "$root/examples/tiny_model.py" "$model"
     export HF_HUB_OFFLINE=1
-    set -- "$model" --load-format dummy --served-model-name tiny
+    set -- "$model" --load-format dummy --enforce-eager --served-model-name tiny
 fi
 if ! nvidia-smi >/dev/null 2>&1; then
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}

@@ -98,7 +98,7 @@ class Recording:
 
 
 def load(path: str | os.PathLike[str]) -> Recording:
-    """Read a recording: `.npz` as `energylens record` writes it, or JSON lines `{"requests": [[new, computed], ...]}`.
+    """Read a recording: `.npz` with arrays, or JSON lines `{"requests": [[new, computed], ...]}`.
 
     Raises RecordingError naming the file, and the line or the array that is wrong.
     """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 
+from energylens_vllm.einsum import load_cascade
 from energylens_vllm.energy import Deployment, EnergyModel
 
 # Field of Deployment -> (further options of add_argument, help). The flag is the field's name with dashes.
@@ -40,7 +42,8 @@ def add_model_argument(parser: argparse.ArgumentParser, flag: str = "model") -> 
     argument = parser.add_argument(
         flag,
         metavar="MODEL",
-        help="name of a known model (see `energylens models`), or the path of a Hugging Face config.json",
+        help="name of a known model (see `energylens models`), or the path of a Hugging Face config.json or of a "
+        "cascade in YAML",
     )
     argument.dest, argument.required = "model", True
 
@@ -66,4 +69,5 @@ def deployment(args: argparse.Namespace) -> Deployment:
 
 def energy_model(args: argparse.Namespace) -> EnergyModel:
     """The energy model of the parsed model and deployment. Raises `EnergyLensError`."""
-    return EnergyModel(args.model, deployment(args))
+    is_cascade = args.model.endswith((".yaml", ".yml"))
+    return EnergyModel(load_cascade(Path(args.model)) if is_cascade else args.model, deployment(args))
