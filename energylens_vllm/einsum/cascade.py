@@ -105,24 +105,20 @@ class Cascade:
 
     @cached_property
     def kept(self) -> Mapping[tuple[str, str], frozenset[str]]:
-        """Of each (block, group), the tensors it makes that reach HBM: read by another group, or results."""
-        readers: dict[str, set[tuple[str, str]]] = {}
+        """Of each (block, group), the tensors it makes that reach HBM: those that another group of the block reads, or
+        the next block, or nobody (results)."""
+        kept = {}
         for each in self.blocks:
+            readers: dict[str, set[str]] = {}
             for group in each.groups:
                 for einsum in group.einsums:
                     for access in einsum.reads:
-                        readers.setdefault(access.tensor, set()).add((each.name, group.name))
-        kept = {}
-        for each in self.blocks:
+                        readers.setdefault(access.tensor, set()).add(group.name)
             for group in each.groups:
-                here = (each.name, group.name)
-                made: set[str] = set()
-                taken = set()  # read before it is made: handed on by the same group in the layer before
-                for einsum in group.einsums:
-                    taken |= {access.tensor for access in einsum.reads} - made
-                    made.add(einsum.output.tensor)
-                kept[here] = frozenset(
-                    tensor for tensor in made if tensor in taken or readers.get(tensor, set()) != {here}
+                kept[each.name, group.name] = frozenset(
+                    tensor
+                    for tensor in {einsum.output.tensor for einsum in group.einsums}
+                    if tensor in self.handed_on or readers.get(tensor) != {group.name}
                 )
         return kept
 

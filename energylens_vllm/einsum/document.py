@@ -76,9 +76,7 @@ def _build(document: Mapping[str, object]) -> Cascade:
     return build_cascade(
         str(document["name"]),
         ranks=cast("Mapping[str, int | str]", ranks),
-        tensors={
-            kind: _words(f"tensors {kind}", names) for kind, names in _mapping("tensors", document["tensors"]).items()
-        },
+        tensors={kind: _words(f"tensors {kind}", names) for kind, names in tensors.items()},
         blocks=[_load_block(name, each) for name, each in _mapping("blocks", document["blocks"]).items()],
         tied=cast("Mapping[str, str]", _mapping("tied", document.get("tied", {}))),
         order=_words("order", document.get("order", "")),

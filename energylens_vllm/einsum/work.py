@@ -293,7 +293,7 @@ class Counter:
                 if self._bounds(einsum.output) >= {"context", "tokens"} and depth and keys:
                     head_dim += prod(self.extent(name, place) for name in depth)
                     heads = self._fixed(einsum.output.ranks, place)
-                    kv_heads = self._fixed((name for name in keys[0].ranks if name not in depth), place)
+                    kv_heads = max(kv_heads, self._fixed((n for n in keys[0].ranks if n not in depth), place))
                 elif any(self.ranks[name].bound == "context" for name in depth) and keys:
                     scores = {name for a in term.accesses() if a != keys[0] for name in a.ranks}
                     own = [n for n in keys[0].ranks if n not in scores and self.ranks[n].groups not in scores]
