@@ -2,9 +2,10 @@
 
 Energy of a step at relative clock r = f / f_max:
 
-    E(r) = E_memory + E_compute * V(r)^2 + P_static(r) * t(r),     t(r) = t_1 + D * (1 / r - 1)
+    E(r) = E_fixed + E_core * V(r)^2 + P_static(r) * t(r),     t(r) = t_1 + D * (1 / r - 1)
 
-with V(r) = v_0 + (1 - v_0) r the core voltage relative to that at the top clock (dynamic CMOS energy per operation
+with E_core what the SMs, caches and crossbar spend (all FLOPs and the on-chip share of every byte), E_fixed what HBM
+and links spend, whose supply does not follow the SM clock, V(r) = v_0 + (1 - v_0) r the core voltage relative to that at the top clock (dynamic CMOS energy per operation
 goes with V^2), P_static(r) = P_floor + (P_static - P_floor) * r * V(r)^2 (a clock tree that toggles whether or not
 there is work), t_1 the step's time at the top clock and D the part of it that follows the clock. The clock is the
 largest r <= 1 with E(r) / t(r) <= limit; power rises with r, so bisection finds it.
@@ -25,12 +26,12 @@ class Operating(NamedTuple):
 
     clock: Any
     time_s: Any
-    voltage_squared: Any  #: factor on compute energy
+    voltage_squared: Any  #: factor on core energy
     static_w: Any
 
 
 def operate(
-    time_s: Any, clocked_s: Any, memory_j: Any, compute_j: Any, static_w: float, floor_w: float,
+    time_s: Any, clocked_s: Any, fixed_j: Any, core_j: Any, static_w: float, floor_w: float,
     voltage_floor: float, limit_w: float,
 ) -> Operating:  # fmt: skip
     """Solve for the clock of each step. Arrays of any one shape; `time_s` > 0 is at the top clock."""
@@ -40,7 +41,7 @@ def operate(
         squared = voltage * voltage
         seconds = time_s + clocked_s * (1 / clock - 1)
         static = floor_w + (static_w - floor_w) * clock * squared
-        return seconds, squared, static, (memory_j + compute_j * squared) / seconds + static
+        return seconds, squared, static, (fixed_j + core_j * squared) / seconds + static
 
     seconds, squared, static, watts = at(1.0)
     clock = np.ones_like(seconds)
