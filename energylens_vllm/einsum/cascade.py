@@ -80,6 +80,9 @@ class Cascade:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __repr__(self) -> str:
+        return f"<Cascade {self.name!r}: {', '.join(f'{each.count or 1} {each.name}' for each in self.blocks)}>"
+
     def kind(self, tensor: str) -> Kind:
         return self.kinds.get(tensor, "activation")
 
@@ -106,7 +109,7 @@ class Cascade:
     @cached_property
     def kept(self) -> Mapping[tuple[str, str], frozenset[str]]:
         """Of each (block, group), the tensors it makes that reach HBM: those that another group of the block reads, or
-        the next block, or nobody (results)."""
+        the next block, the next step (KV cache), or nobody (results)."""
         kept = {}
         for each in self.blocks:
             readers: dict[str, set[str]] = {}
@@ -118,7 +121,9 @@ class Cascade:
                 kept[each.name, group.name] = frozenset(
                     tensor
                     for tensor in {einsum.output.tensor for einsum in group.einsums}
-                    if tensor in self.handed_on or readers.get(tensor) != {group.name}
+                    if tensor in self.handed_on
+                    or self.kind(tensor) == "kv_cache"
+                    or readers.get(tensor) != {group.name}
                 )
         return kept
 
@@ -321,9 +326,7 @@ def _check_gather(cascade: Cascade, einsum: Einsum) -> None:
         einsum.fail("gather(tensor, indices) stands alone and takes two tensors")
     taken = [name for name in source.ranks if name not in einsum.output.ranks]
     if len(taken) != 1:
-        einsum.fail(
-            f"gather picks along one rank of {source}, the one that {einsum.output} lacks; here {taken or 'none'}"
-        )
+        einsum.fail(f"gather takes away one rank of {source}, but {einsum.output} lacks {len(taken)} of them")
     expected = {*source.ranks, *index.ranks} - set(taken)
     if expected != set(einsum.output.ranks):
         wanted = ", ".join(_sized(cascade, name) for name in sorted(expected))

@@ -52,7 +52,7 @@ def check_mesh(mesh: Mesh) -> None:
     """Raises EinsumError on degrees that no deployment has."""
     for name in ("tp", "pp", "dp", "ep"):
         degree = getattr(mesh, name)
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+        if not isinstance(degree, int) or degree < 1:
             raise EinsumError(f"mesh {name}: {degree!r} is not a positive whole number")
     if mesh.ep not in (1, mesh.tp * mesh.dp):
         raise EinsumError(f"mesh ep: {mesh.ep} is neither 1 (off) nor tp * dp = {mesh.tp * mesh.dp}")
@@ -87,9 +87,7 @@ class Sharding:
             assert rank.size is not None
             parts = self.degree(rank.groups, place)
             if parts % rank.size and rank.size % parts:
-                self._fail(
-                    name, f"follows rank {rank.groups!r}, but neither of {rank.size} and {parts} divides the other"
-                )
+                self._fail(name, f"follows rank {rank.groups} in {parts} parts, but neither number divides the other")
             return min(parts, rank.size)
         mesh = self.mesh
         if place == "sequence" or rank.split is None:
@@ -102,11 +100,8 @@ class Sharding:
         return parts
 
     def _fail(self, name: str, problem: str) -> NoReturn:
-        rank = self.ranks[name]
         user = next(e for e in self.cascade.einsums() if any(name in a.ranks for a in (e.output, *e.reads)))
-        raise EinsumError(
-            f"{self.cascade.name}: rank {name!r} ({rank.padded}) of {str(user)!r} ({user.where}) {problem}"
-        )
+        user.fail(f"rank {name} ({self.ranks[name].padded}) {problem}")
 
     def experts(self, name: str) -> tuple[int, int]:
         """(experts of the layer, experts on the GPU that has most), redundant ones included."""

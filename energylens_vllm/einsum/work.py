@@ -147,7 +147,7 @@ class Counter:
             gathered = gather_source(einsum)
             for access in einsum.reads:
                 tensor, kind = access.tensor, self.cascade.kind(access.tensor)
-                if tensor in seen or tensor in made:
+                if tensor in seen or (tensor in made and kind != "kv_cache"):
                     continue
                 seen.add(tensor)
                 if gathered is not None and access == gathered:
