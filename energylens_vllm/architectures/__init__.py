@@ -1,0 +1,8 @@
+"""A Hugging Face config -> `Cascade`, one module a family; `catalog/` holds the configs of known models."""
+
+from energylens_vllm.architectures.errors import ArchitectureError
+from energylens_vllm.architectures.families import FAMILIES, build
+from energylens_vllm.architectures.known import known_models, load_config
+from energylens_vllm.architectures.quantization import quantization
+
+__all__ = ["FAMILIES", "ArchitectureError", "build", "known_models", "load_config", "quantization"]

@@ -1,0 +1,44 @@
+"""Qwen 3: Llama's layers, with queries and keys normed by head; dense, or with experts.
+
+Sources: arXiv 2505.09388; vLLM's model_executor/models/qwen3.py and qwen3_moe.py.
+"""
+
+from __future__ import annotations
+
+from energylens_vllm.architectures.attention import attention
+from energylens_vllm.architectures.config import Config
+from energylens_vllm.architectures.mlp import experts, mlp
+from energylens_vllm.architectures.part import Part, decoder, join, norm
+from energylens_vllm.architectures.qwen2 import windows
+from energylens_vllm.einsum import Cascade
+
+
+def build(config: Config) -> Cascade:
+    def layer(kind: str) -> Part:
+        return _layer(config, kind == "sliding", mlp(config.size("intermediate_size")))
+
+    return decoder(config, layer, windows(config))
+
+
+def build_moe(config: Config) -> Cascade:
+    """Every `decoder_sparse_step`-th layer has experts, unless `mlp_only_layers` lists it."""
+    step, dense = config.size("decoder_sparse_step", default=1), config.whole_numbers("mlp_only_layers")
+
+    def layer(kind: str) -> Part:
+        if kind == "dense":
+            return _layer(config, False, mlp(config.size("intermediate_size")))
+        return _layer(config, False, experts(config, "num_experts", config.size("moe_intermediate_size")))
+
+    layers = range(config.size("num_hidden_layers"))
+    return decoder(config, layer, ["dense" if i in dense or (i + 1) % step else "layer" for i in layers])
+
+
+def _layer(config: Config, slides: bool, feed_forward: Part) -> Part:
+    bias = config.flag("attention_bias", default=False)
+    window = config.size("sliding_window") if slides else None
+    return join(
+        norm("input_norm", "A", "N1"),
+        attention(config, window=window, qkv_bias=bias, output_bias=bias, norm="rms"),
+        norm("post_norm", "B", "N2"),
+        feed_forward,
+    )
