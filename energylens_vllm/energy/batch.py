@@ -40,6 +40,24 @@ class Steps:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def share(self, parts: int) -> Steps:
+        """An even share of each step: what one of `parts` data-parallel ranks has of it."""
+        return Steps(
+            self.tokens / parts,
+            self.decode_tokens / parts,
+            self.sequences / parts,
+            self.decode_sequences / parts,
+            tuple(
+                Attention(
+                    load.decode_pairs / parts,
+                    load.prefill_pairs / parts,
+                    load.decode_keys / parts,
+                    load.prefill_keys / parts,
+                )
+                for load in self.attention
+            ),
+        )
+
 
 def causal_pairs(new: Any, computed: Any, mask: Mask) -> Any:
     """(query, key) pairs of requests with `new` tokens after `computed`, under `mask`. Arrays broadcast.
@@ -78,9 +96,7 @@ def _chunked(length: Any, chunk: int) -> Any:
     return (length - rest) / chunk * (chunk * (chunk + 1) / 2) + rest * (rest + 1) / 2
 
 
-def steps_from_arrays(
-    new: Any, computed: Any, offsets: Any, masks: Sequence[Mask], decode: Any = None
-) -> Steps:
+def steps_from_arrays(new: Any, computed: Any, offsets: Any, masks: Sequence[Mask], decode: Any = None) -> Steps:
     """Sum up N steps given in compressed rows: step i holds requests offsets[i]:offsets[i+1] of `new` and `computed`.
 
     `decode` (booleans, one a request) overrides the rule of `Attention`: with speculative decoding a decode has
@@ -109,9 +125,7 @@ def steps_from_arrays(
     for mask in masks:
         pairs, keys = causal_pairs(n, c, mask), keys_read(n, c, mask)
         decode_pairs, decode_keys = total(pairs * dec), total(keys * dec)
-        attention.append(
-            Attention(decode_pairs, total(pairs) - decode_pairs, decode_keys, total(keys) - decode_keys)
-        )
+        attention.append(Attention(decode_pairs, total(pairs) - decode_pairs, decode_keys, total(keys) - decode_keys))
     return Steps(
         tokens=total(n),
         decode_tokens=total(n * dec),
@@ -131,9 +145,26 @@ def steps_from_requests(
     try:
         table = np.array(requests, dtype=np.float64).reshape(-1, 2)
     except (TypeError, ValueError) as error:
-        raise EnergyLensError(
-            "requests: every entry must be a pair (num_new_tokens, num_computed_tokens)"
-        ) from error
+        raise EnergyLensError("requests: every entry must be a pair (num_new_tokens, num_computed_tokens)") from error
     if table.size and table.min() < 0:
         raise EnergyLensError(f"requests: negative token count {table.min():.0f}; accepted: zero or more")
     return steps_from_arrays(table[:, 0], table[:, 1], np.array([0, len(table)]), masks, decode)
+
+
+def steps_of_mixtures(
+    decoding: Array, context: float, starting: Array, new: Array, prompt: float, masks: Sequence[Mask]
+) -> Steps:
+    """Steps that each hold `decoding` requests of `context` tokens and prefill `new` tokens of `starting` prompts of
+    length `prompt`. Arrays of shape (N,), fractions allowed."""
+    attention = []
+    prompts = new / prompt
+    for mask in masks:
+        attention.append(
+            Attention(
+                decoding * causal_pairs(1.0, context - 1, mask),
+                prompts * causal_pairs(prompt, 0.0, mask),
+                decoding * keys_read(1.0, context - 1, mask),
+                prompts * keys_read(prompt, 0.0, mask),
+            )
+        )
+    return Steps(decoding + new, decoding, decoding + starting, decoding, tuple(attention))

@@ -2,56 +2,77 @@
 
 Energy of a step at relative clock r = f / f_max:
 
-    E(r) = E_fixed + E_core * V(r)^2 + P_static(r) * t(r),     t(r) = t_1 + D * (1 / r - 1)
+    E(r) = E_fixed + E_core V(r)^2 + P_static(r) t(r),     t(r) = t_1 + D (1 / r - 1)
 
-with E_core what the SMs, caches and crossbar spend (all FLOPs and the on-chip share of every byte), E_fixed what HBM
-and links spend, whose supply does not follow the SM clock, V(r) = v_0 + (1 - v_0) r the core voltage relative to that at the top clock (dynamic CMOS energy per operation
-goes with V^2), P_static(r) = P_floor + (P_static - P_floor) * r * V(r)^2 (a clock tree that toggles whether or not
-there is work), t_1 the step's time at the top clock and D the part of it that follows the clock. The clock is the
-largest r <= 1 with E(r) / t(r) <= limit; power rises with r, so bisection finds it.
+E_core: what the SMs, caches and crossbar spend (all FLOPs and the on-chip share of every byte). E_fixed: what HBM and
+links spend, whose supply does not follow the SM clock. V(r) = v_0 + (1 - v_0) r: the core voltage relative to that at
+the top clock; dynamic CMOS energy per operation goes with V^2. P_static(r) = P_floor + (P_static - P_floor) r V(r)^2: a
+clock tree that toggles whether or not there is work. t_1: the step's time at the top clock, D the part of it that
+follows the clock. The clock is the largest r <= 1 with E(r) / t(r) <= limit; power rises with r, so bisection finds it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-#: Lowest relative clock considered: 0.25 of 1980 MHz is below what any limit >= 200 W asks for.
+from energylens_vllm.energy.batch import Array
+
+#: Lowest relative clock considered: 0.25 of 1980 MHz is below what any limit of 200 W or more asks for.
 LOWEST_CLOCK = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class Power:
+    """Of one GPU: static power at the top clock and without any, relative voltage without any, and the limit."""
+
+    static_w: float
+    floor_w: float
+    voltage_floor: float
+    limit_w: float
+
+
 class Operating(NamedTuple):
-    """Where a step runs: relative clock, seconds, and joules split by what the clock does to them."""
+    """Where a step runs; each of the steps' shape."""
 
-    clock: Any
-    time_s: Any
-    voltage_squared: Any  #: factor on core energy
-    static_w: Any
+    clock: Array  #: relative to the top clock
+    time_s: Array
+    voltage_squared: Array  #: factor on core energy
+    static_w: Array
 
 
-def operate(
-    time_s: Any, clocked_s: Any, fixed_j: Any, core_j: Any, static_w: float, floor_w: float,
-    voltage_floor: float, limit_w: float,
-) -> Operating:  # fmt: skip
-    """Solve for the clock of each step. Arrays of any one shape; `time_s` > 0 is at the top clock."""
+def operate(power: Power, time_s: Array, clocked_s: Array, fixed_j: Array, core_j: Array) -> Operating:
+    """Solve for the clock of each step. All arrays of one shape; `time_s` is at the top clock.
 
-    def at(clock: Any) -> tuple[Any, Any, Any, Any]:
-        voltage = voltage_floor + (1 - voltage_floor) * clock
-        squared = voltage * voltage
-        seconds = time_s + clocked_s * (1 / clock - 1)
-        static = floor_w + (static_w - floor_w) * clock * squared
-        return seconds, squared, static, (fixed_j + core_j * squared) / seconds + static
+    A step that takes no time runs at the top clock.
+    """
+    clock = np.ones_like(time_s)
+    limited = fixed_j + core_j > (power.limit_w - power.static_w) * time_s
+    if limited.any():
+        part = (time_s[limited], clocked_s[limited], fixed_j[limited], core_j[limited])
+        clock[limited] = _limited_clock(power, *part)
+    seconds, squared, static_w = _at(power, clock, time_s, clocked_s)
+    return Operating(clock, seconds, squared, static_w)
 
-    seconds, squared, static, watts = at(1.0)
-    clock = np.ones_like(seconds)
-    if not np.any(watts > limit_w):
-        return Operating(clock, seconds, squared + np.zeros_like(seconds), static + np.zeros_like(seconds))
-    low, high = np.full_like(seconds, LOWEST_CLOCK), clock
+
+def _at(power: Power, clock: Array, time_s: Array, clocked_s: Array) -> tuple[Array, Array, Array]:
+    """Seconds, voltage squared and static watts at a clock."""
+    voltage = power.voltage_floor + (1 - power.voltage_floor) * clock
+    squared = voltage * voltage
+    return (
+        time_s + clocked_s * (1 / clock - 1),
+        squared,
+        power.floor_w + (power.static_w - power.floor_w) * clock * squared,
+    )
+
+
+def _limited_clock(power: Power, time_s: Array, clocked_s: Array, fixed_j: Array, core_j: Array) -> Array:
+    low, high = np.full_like(time_s, LOWEST_CLOCK), np.ones_like(time_s)
     for _ in range(12):  # to 0.02 % of the clock
         middle = (low + high) / 2
-        over = at(middle)[3] > limit_w
+        seconds, squared, static_w = _at(power, middle, time_s, clocked_s)
+        over = fixed_j + core_j * squared > (power.limit_w - static_w) * seconds
         low, high = np.where(over, low, middle), np.where(over, middle, high)
-    clock = np.where(watts > limit_w, low, 1.0)
-    seconds, squared, static, _ = at(clock)
-    return Operating(clock, seconds, squared, static)
+    return low

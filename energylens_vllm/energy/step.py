@@ -1,111 +1,131 @@
-"""The step model: kernels and a profile compiled into arrays, then any number of steps evaluated in closed form."""
+"""The step model of one GPU: kernels and a profile, and any number of steps evaluated in closed form.
+
+Work that depends on the tokens of a step alone (linear layers, experts, elementwise kernels, collectives) is evaluated
+once for each different number of tokens; attention is evaluated for each step. Then `power.operate` finds the clock.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from energylens_vllm.einsum.kernel import Kernel, Mask, Terms
-from energylens_vllm.energy.batch import Array, Attention, Steps
-from energylens_vllm.energy.power import operate
+from energylens_vllm.energy import timing
+from energylens_vllm.energy.batch import Array, Attention, Integers, Steps
+from energylens_vllm.energy.power import Power, operate
 from energylens_vllm.energy.precision import Format
-from energylens_vllm.energy.timing import TILE_ROWS, Timed, expert_padded_rows, expert_tile_rows, roofline
+from energylens_vllm.energy.routing_load import RankLoads
+from energylens_vllm.energy.timing import Timed
 from energylens_vllm.hardware.profile import GpuProfile
 
-#: Compute-energy components, by kernel family.
-_COMPUTE = {"linear": "linear", "attention": "attention", "experts": "experts"}
+#: What joules are spent on; those of a step sum to its energy.
 COMPONENTS = (
-    "static", "linear", "attention", "experts", "weights", "kv_cache", "activations", "communication",
+    "static", "linear", "attention", "experts", "weights", "kv_cache", "activations", "communication", "host_gap",
 )  # fmt: skip
+
+
+class Exchanged(NamedTuple):
+    """A collective's seconds and joules on one GPU, for each message size."""
+
+    time_s: Array
+    energy_j: Array
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """N steps of one GPU; every array has shape (N,). Components sum to `energy_j`; phases too."""
+    """N steps of one GPU; every array has shape (N,).
 
-    time_s: Array
-    energy_j: Array
+    `gpu_s` is how long its kernels take at `clock` (relative to the top clock), `host_s` how long the host needs to
+    launch them. Components (without static power) sum to the energy above static; `prefill_share` is prefill's part.
+    """
+
+    gpu_s: Array
+    host_s: Array
     clock: Array
-    host_bound: Array
+    static_w: Array
     components: dict[str, Array]
     prefill_share: Array
     communication_s: Array
+    waiting_s: Array  #: of `gpu_s`, time in which the mean rank waits for the one with the hottest experts
 
 
-class _Work:
-    """What one group of kernels adds up to: seconds and joules by component, each of shape (N,)."""
+class Work:
+    """Seconds and joules that kernels add up to, each of one shape (N,)."""
 
-    __slots__ = ("clocked_s", "communication_s", "compute_j", "launches", "memory_j", "time_s")
-
-    def __init__(self) -> None:
-        self.time_s: Any = 0.0
-        self.clocked_s: Any = 0.0
-        self.communication_s: Any = 0.0
-        self.launches = 0.0
-        self.memory_j: dict[str, Any] = {}
-        self.compute_j: dict[str, Any] = {}
+    def __init__(self, like: Array) -> None:
+        self.time_s = np.zeros_like(like)
+        self.clocked_s = np.zeros_like(like)
+        self.communication_s = np.zeros_like(like)
+        self.waiting_s = np.zeros_like(like)
+        self.memory_j: dict[str, Array] = {}  #: HBM and links; only a share of it follows the core voltage
+        self.core_j: dict[str, Array] = {}  #: arithmetic; follows the core voltage
 
     def add(self, count: float, timed: Timed) -> None:
         self.time_s = self.time_s + count * timed.time_s
         self.clocked_s = self.clocked_s + count * timed.clocked_s
 
-    def memory(self, name: str, joules: Any) -> None:
-        self.memory_j[name] = self.memory_j.get(name, 0.0) + joules
+    def spend(self, into: dict[str, Array], name: str, joules: Array) -> None:
+        into[name] = into[name] + joules if name in into else joules + np.zeros_like(self.time_s)
 
-    def compute(self, name: str, joules: Any) -> None:
-        self.compute_j[name] = self.compute_j.get(name, 0.0) + joules
-
-
-@dataclass(frozen=True, slots=True)
-class Loads:
-    """How many experts of this GPU a step of T tokens wakes, and how many (token, expert) rows reach it."""
-
-    active: Array
-    rows: Array
+    def take(self, other: Work, index: Integers) -> None:
+        """Add `other`, whose entry index[i] belongs to step i."""
+        for name in ("time_s", "clocked_s", "communication_s", "waiting_s"):
+            setattr(self, name, getattr(self, name) + getattr(other, name)[index])
+        for mine, theirs in ((self.memory_j, other.memory_j), (self.core_j, other.core_j)):
+            for name, joules in theirs.items():
+                self.spend(mine, name, joules[index])
 
 
-def uniform_loads(kernel: Kernel, tokens: Array) -> Loads:
-    """Uniform routing: T tokens to k of E experts touch E (1 - (1 - k/E)^T) of them."""
-    shape = kernel.experts
-    assert shape is not None
-    share = shape.selected / shape.total
-    return Loads(shape.local * -np.expm1(tokens * np.log1p(-min(share, 1 - 1e-12))), tokens * share * shape.local)
-
-
-def per_token(terms: Terms, tokens: Array, sampled: Array) -> Array:
-    """`terms` of a kernel that no attention term touches."""
-    value: Array = terms.constant + terms.tokens * tokens + terms.sampled * sampled
+def per_token(terms: Terms, rows: Array) -> Array:
+    """`terms` of a kernel that sees `rows` tokens, or as many sampled rows."""
+    value: Array = terms.constant + (terms.tokens + terms.sampled) * rows
     return value
 
 
-class CompiledStep:
-    """The kernels of one GPU with the coefficients of its profile. `masks` is the order `Steps.attention` must have."""
+class GpuStep:
+    """One GPU of one pipeline stage. `masks` is the order that `Steps.attention` must have.
+
+    `loads` gives the experts' loads of a kernel for a number of tokens (needed with expert kernels), `collective` the
+    cost of a collective kernel for message sizes (needed with collectives).
+    """
 
     def __init__(
         self,
         kernels: Sequence[Kernel],
+        masks: Sequence[Mask],
         profile: GpuProfile,
         form: Format | None,
         capture_sizes: Sequence[int],
-        power_limit_w: float | None,
-        loads: Callable[[Kernel, Array], Loads] = uniform_loads,
-        collective: Callable[[Kernel, Array], tuple[Array, Array]] | None = None,
+        power_limit_w: float | None = None,
+        loads: Callable[[Kernel, Array], RankLoads] | None = None,
+        collective: Callable[[Kernel, Array], Exchanged] | None = None,
     ) -> None:
         self.profile, self.form, self.loads, self.collective = profile, form, loads, collective
+        self.masks = tuple(masks)
         self.capture_sizes = np.array(sorted(capture_sizes), dtype=np.float64)
-        self.limit_w = power_limit_w or profile["power.limit_w"]
-        self.attention_kernels = [k for k in kernels if k.family == "attention"]
-        self.sampled_kernels = [k for k in kernels if k.gemm is not None and k.gemm.rows == "sampled"]
-        self.token_kernels = [
-            k for k in kernels if k.family != "attention" and k not in self.sampled_kernels
-        ]
-        self.masks: tuple[Mask, ...] = tuple(
-            dict.fromkeys(k.attention.mask for k in self.attention_kernels if k.attention is not None)
+        self.attention = [k for k in kernels if k.attention is not None]
+        rest = [k for k in kernels if k.attention is None]
+        self.by_keys = [k for k in rest if k.gemm is not None and k.gemm.rows == "keys"]
+        self.by_rows = [k for k in rest if _is_sampled(k)]
+        self.by_tokens = {
+            phase: [k for k in rest if k.phase == phase and k not in self.by_keys and k not in self.by_rows]
+            for phase in ("all", "prefill", "decode")
+        }
+        #: seconds in which the host launches what CUDA graphs would replay: attention, which only full graphs (pure
+        #: decodes) hold, and everything else
+        self.attention_launch_s = profile["host.attention_s"] * sum(k.count for k in self.attention)
+        self.other_launch_s = sum(
+            k.count * profile["host.experts_s" if k.family == "experts" else "host.launch_s"] for k in rest
         )
-        self.host_kernels = sum(k.count for k in kernels)
+        self.power = Power(
+            static_w=profile["power.static_w"],
+            floor_w=profile["power.floor_w"],
+            voltage_floor=profile["power.voltage_floor"],
+            limit_w=(power_limit_w or profile["power.limit_w"]) * profile["power.limit_share"],
+        )
 
     def padded(self, tokens: Array) -> Array:
         """Tokens that kernels see: the next CUDA-graph size, or the tokens themselves beyond the largest."""
@@ -117,81 +137,95 @@ class CompiledStep:
 
     def evaluate(self, steps: Steps) -> Evaluated:
         """Time and energy of N steps on this GPU."""
-        profile = self.profile
-        tokens, inverse = np.unique(self.padded(steps.tokens), return_inverse=True)
-        work = self._token_work(tokens)
-        time_s, clocked_s = np.asarray(work.time_s)[inverse], np.asarray(work.clocked_s)[inverse]
-        memory = {name: joules[inverse] for name, joules in work.memory_j.items()}
-        compute = {name: joules[inverse] for name, joules in work.compute_j.items()}
-        communication_s = (work.communication_s + np.zeros_like(tokens))[inverse]
+        p = self.profile
+        work = Work(steps.tokens)
+        prefill_tokens = steps.tokens - steps.decode_tokens
+        self._add_rows(work, self.by_tokens["all"], self.padded(steps.tokens))
+        self._add_rows(work, self.by_tokens["prefill"], prefill_tokens)
+        self._add_rows(work, self.by_tokens["decode"], steps.decode_tokens)
+        self._add_rows(work, self.by_rows, steps.sequences)
+        prefill_j = self._add_attention(work, steps, prefill_tokens)
 
-        rest = self._sampled_work(steps.sequences)
-        prefill = self._attention_work(rest, steps)
-        time_s, clocked_s = time_s + rest.time_s, clocked_s + rest.clocked_s
-        for name, joules in rest.memory_j.items():
-            memory[name] = memory.get(name, 0.0) + joules
-        for name, joules in rest.compute_j.items():
-            compute[name] = compute.get(name, 0.0) + joules
+        on_chip = p["energy.memory_core_share"]
+        memory_j, core_j = _sum(work.memory_j, work.time_s), _sum(work.core_j, work.time_s)
+        at = operate(self.power, work.time_s, work.clocked_s, (1 - on_chip) * memory_j, on_chip * memory_j + core_j)
+        memory_factor = 1 - on_chip + on_chip * at.voltage_squared
+        components = {name: joules * memory_factor for name, joules in work.memory_j.items()}
+        for name, joules in work.core_j.items():
+            components[name] = joules * at.voltage_squared
 
-        host_s = profile["host.step_s"] + profile["host.sequence_s"] * steps.sequences
-        if not len(self.capture_sizes):
-            host_s = host_s + profile["host.launch_s"] * self.host_kernels
-        moved_j = sum(memory.values())
-        on_chip = profile["energy.memory_core_share"]
-        gpu = operate(
-            time_s, clocked_s, (1 - on_chip) * moved_j, on_chip * moved_j + sum(compute.values()),
-            profile["power.static_w"], profile["power.floor_w"], profile["power.voltage_floor"],
-            self.limit_w * profile["power.limit_share"],
-        )  # fmt: skip
-        seconds = np.maximum(gpu.time_s, host_s)
-        components = {name: joules * (1 - on_chip + on_chip * gpu.voltage_squared) for name, joules in memory.items()}
-        components.update({name: joules * gpu.voltage_squared for name, joules in compute.items()})
-        components["static"] = gpu.static_w * seconds
-        energy = np.asarray(sum(components.values()))
-        # A phase's share of the step: its tokens' share of what tokens share, its own attention.
-        own = components.get("attention", 0.0) + components.get("kv_cache", 0.0)
-        share = np.where(steps.tokens > 0, 1 - steps.decode_tokens / np.maximum(steps.tokens, 1), 0.0)
-        prefill_share = (share * (energy - own) + prefill * own) / np.maximum(energy, 1e-30)
+        host_s = self._host_s(steps, prefill_tokens)
+        # A phase's part: its tokens' share of what all tokens share, and its own attention.
+        total_j = memory_j + core_j
+        own_j = work.memory_j.get("kv_cache", 0.0) + work.core_j.get("attention", 0.0)
+        shared = np.divide(prefill_tokens, steps.tokens, out=np.zeros_like(total_j), where=steps.tokens > 0)
+        prefill_share = (shared * (total_j - own_j) + prefill_j) / np.maximum(total_j, 1e-30)
         return Evaluated(
-            time_s=seconds, energy_j=energy, clock=np.asarray(gpu.clock), host_bound=host_s > gpu.time_s,
-            components=components, prefill_share=prefill_share, communication_s=communication_s,
-        )  # fmt: skip
+            gpu_s=at.time_s,
+            host_s=host_s,
+            clock=at.clock,
+            static_w=at.static_w,
+            components=components,
+            prefill_share=prefill_share,
+            communication_s=work.communication_s,
+            waiting_s=work.waiting_s,
+        )
 
-    # -- the three groups of kernels ------------------------------------------------------------------------------
+    def _host_s(self, steps: Steps, prefill_tokens: Array) -> Array:
+        """Seconds that the host needs for each step; it works on one while the GPU runs the one before."""
+        p = self.profile
+        seconds = (
+            p["host.step_s"]
+            + p["host.sequence_s"] * steps.decode_sequences
+            + p["host.prompt_s"] * (steps.sequences - steps.decode_sequences)
+        )
+        uncaptured = steps.tokens > (self.capture_sizes[-1] if len(self.capture_sizes) else 0.0)
+        seconds = seconds + np.where(uncaptured, self.other_launch_s, 0.0)
+        return np.asarray(seconds + np.where(uncaptured | (prefill_tokens > 0), self.attention_launch_s, 0.0))
 
-    def _token_work(self, tokens: Array) -> _Work:
-        work = _Work()
-        work.time_s = work.clocked_s = np.zeros_like(tokens)
-        for kernel in self.token_kernels:
-            if kernel.family == "linear":
-                self._linear(work, kernel, tokens, per_token(kernel.activation_bytes, tokens, tokens))
-            elif kernel.family == "experts":
-                self._experts(work, kernel, tokens)
-            elif kernel.family == "collective":
-                self._collective(work, kernel, tokens)
-            else:
-                self._elementwise(work, kernel, per_token(kernel.activation_bytes, tokens, tokens))
-        return work
+    # -- groups of kernels ----------------------------------------------------------------------------------------
 
-    def _sampled_work(self, sampled: Array) -> _Work:
-        work = _Work()
-        work.time_s = work.clocked_s = np.zeros_like(sampled)
-        for kernel in self.sampled_kernels:
-            if kernel.family == "linear":
-                self._linear(work, kernel, sampled, per_token(kernel.activation_bytes, sampled, sampled))
-            elif kernel.family == "collective":
-                self._collective(work, kernel, sampled)
-        return work
+    def _add_rows(self, work: Work, kernels: Iterable[Kernel], rows: Array) -> None:
+        """Add kernels that depend on a number of rows alone, evaluated once for each different number of rows."""
+        kernels = list(kernels)
+        if not kernels or not rows.size:
+            return
+        different, index = np.unique(rows, return_inverse=True)
+        group = Work(different)
+        for kernel in kernels:
+            self._add_kernel(group, kernel, different)
+        if different[0] == 0:  # nothing is launched for no rows
+            group.time_s[0] = group.clocked_s[0] = group.communication_s[0] = group.waiting_s[0] = 0.0
+            for joules in (*group.memory_j.values(), *group.core_j.values()):
+                joules[0] = 0.0
+        work.take(group, index)
 
-    def _attention_work(self, work: _Work, steps: Steps) -> Array:
-        """Add attention; return the prefill share of its joules (clock effects cancel within a step)."""
-        prefill_j, total_j = np.zeros_like(steps.tokens), np.zeros_like(steps.tokens)
-        for kernel in self.attention_kernels:
+    def _add_kernel(self, work: Work, kernel: Kernel, rows: Array) -> None:
+        if kernel.family == "linear":
+            flops, activation_bytes = per_token(kernel.flops, rows), per_token(kernel.activation_bytes, rows)
+            self._add_linear(work, kernel, rows, flops, activation_bytes)
+        elif kernel.family == "experts":
+            self._add_experts(work, kernel, rows)
+        elif kernel.family == "collective":
+            self._add_collective(work, kernel, rows)
+        else:
+            self._add_elementwise(work, kernel, rows)
+
+    def _add_attention(self, work: Work, steps: Steps, prefill_tokens: Array) -> Array:
+        """Add attention; returns the joules of it that prefill takes."""
+        prefill_j = np.zeros_like(steps.tokens)
+        for kernel in self.attention:
             assert kernel.attention is not None
-            one = self._attention(work, kernel, steps, steps.attention[self.masks.index(kernel.attention.mask)])
-            prefill_j, total_j = prefill_j + one[0], total_j + one[1]
-        share: Array = prefill_j / np.maximum(total_j, 1e-30)
-        return share
+            load = steps.attention[self.masks.index(kernel.attention.mask)]
+            if kernel.phase != "decode":
+                prefill_j = prefill_j + self._add_prefill_attention(work, kernel, load, prefill_tokens)
+            if kernel.phase != "prefill":
+                self._add_decode_attention(work, kernel, steps, load)
+        for kernel in self.by_keys:  # up-projection of all cached latents (MLA), for prefill
+            load = steps.attention[0]
+            keys = load.prefill_keys
+            self._add_linear(work, kernel, keys, kernel.flops.keys * keys, kernel.activation_bytes.keys * keys)
+        return prefill_j
 
     # -- one kernel each ------------------------------------------------------------------------------------------
 
@@ -204,86 +238,95 @@ class CompiledStep:
     def _format(self, kernel: Kernel) -> str:
         return self.form.kernel if kernel.quantized and self.form is not None else "bfloat16"
 
-    def _linear(self, work: _Work, kernel: Kernel, rows: Array, activation_bytes: Array) -> None:
+    def _add_linear(self, work: Work, kernel: Kernel, rows: Array, flops: Array, activation_bytes: Array) -> None:
         p, form = self.profile, self._format(kernel)
-        flops = per_token(kernel.flops, rows, rows)
+        assert kernel.gemm is not None
         moved = self._hbm(activation_bytes)
-        name = f"linear.{form}"
-        bandwidth = p["memory.bandwidth_bytes_per_s"] * p[f"{name}.memory_efficiency"]
-        peak = p[f"compute.{form}.peak_flops"] * p[f"{name}.compute_efficiency"]
-        tiles = np.maximum(rows, TILE_ROWS) / np.maximum(rows, 1)
-        timed = roofline((kernel.weight_bytes + moved) / bandwidth, flops * tiles / peak, p[f"{name}.corner"])
-        work.add(kernel.count, Timed(timed.time_s + p[f"{name}.launch_s"], timed.clocked_s))
-        work.memory("weights", kernel.count * kernel.weight_bytes * p["energy.memory_j_per_byte"] + np.zeros_like(rows))
-        work.memory("activations", kernel.count * moved * p["energy.memory_j_per_byte"])
-        work.compute("linear", kernel.count * flops * p[f"energy.{form}.j_per_flop"])
+        work.add(kernel.count, timing.linear(p, form, kernel, rows, flops, moved))
+        byte_j = p["energy.memory_j_per_byte"]
+        work.spend(work.memory_j, "weights", np.where(rows > 0, kernel.count * byte_j * kernel.weight_bytes, 0.0))
+        work.spend(work.memory_j, "activations", kernel.count * byte_j * moved)
+        work.spend(work.core_j, "linear", kernel.count * p[f"energy.{form}.j_per_flop"] * flops)
 
-    def _experts(self, work: _Work, kernel: Kernel, tokens: Array) -> None:
+    def _add_experts(self, work: Work, kernel: Kernel, tokens: Array) -> None:
         p, form, shape = self.profile, self._format(kernel), kernel.experts
         assert shape is not None
-        name = f"experts.{form}"
+        assert self.loads is not None
         loads = self.loads(kernel, tokens)
-        weights = kernel.weight_bytes * loads.active / shape.local
-        tile = expert_tile_rows(tokens)
-        padding = expert_padded_rows(loads.rows, loads.active, tile) / np.maximum(loads.rows, 1e-9)
-        flops = per_token(kernel.flops, tokens, tokens)
-        moved = self._hbm(per_token(kernel.activation_bytes, tokens, tokens))
-        bandwidth = p["memory.bandwidth_bytes_per_s"] * p[f"{name}.memory_efficiency"]
-        peak = p[f"compute.{form}.peak_flops"] * p[f"{name}.compute_efficiency"]
-        timed = roofline((weights + moved) / bandwidth, flops * padding / peak, p[f"{name}.corner"])
-        launch = p[f"{name}.launch_s"] + p[f"{name}.token_s"] * tokens
-        work.add(kernel.count, Timed(timed.time_s + launch, timed.clocked_s))
-        work.memory("weights", kernel.count * weights * p["energy.memory_j_per_byte"])
-        work.memory("activations", kernel.count * moved * p["energy.memory_j_per_byte"])
-        work.compute("experts", kernel.count * flops * np.minimum(padding, 4.0) ** p["experts.padding_energy"]
-                     * p[f"energy.{form}.j_per_flop"])  # fmt: skip
-
-    def _elementwise(self, work: _Work, kernel: Kernel, activation_bytes: Array) -> None:
-        p = self.profile
-        moved = self._hbm(activation_bytes)
-        time_s = p["elementwise.launch_s"] + moved / (
-            p["memory.bandwidth_bytes_per_s"] * p["elementwise.memory_efficiency"]
+        moved = self._hbm(per_token(kernel.activation_bytes, tokens))
+        hottest = timing.experts(
+            p, form, kernel, tokens, loads.hottest_active, loads.hottest_rows, loads.hottest_padded_rows, moved
         )
-        work.add(kernel.count, Timed(time_s, np.zeros_like(time_s)))
-        work.memory("activations", kernel.count * moved * p["energy.memory_j_per_byte"])
+        mean = timing.experts(p, form, kernel, tokens, loads.active, loads.rows, loads.padded_rows, moved)
+        work.add(kernel.count, hottest)
+        work.waiting_s = work.waiting_s + kernel.count * (hottest.time_s - mean.time_s)
+        weights = kernel.weight_bytes * loads.active / shape.local
+        flops_per_row: Array = np.divide(
+            per_token(kernel.flops, tokens), loads.rows, out=np.zeros_like(tokens), where=loads.rows > 0
+        )
+        # An empty row of a tile costs a share of a full one's energy: zeros toggle few wires.
+        wasted = p["experts.padding_energy_share"] * np.maximum(loads.padded_rows - loads.rows, 0.0)
+        byte_j = p["energy.memory_j_per_byte"]
+        work.spend(work.memory_j, "weights", kernel.count * byte_j * weights)
+        work.spend(work.memory_j, "activations", kernel.count * byte_j * moved)
+        work.spend(
+            work.core_j, "experts",
+            kernel.count * p[f"energy.{form}.j_per_flop"] * flops_per_row * (loads.rows + wasted),
+        )  # fmt: skip
 
-    def _attention(self, work: _Work, kernel: Kernel, steps: Steps, load: Attention) -> tuple[Array, Array]:
+    def _add_elementwise(self, work: Work, kernel: Kernel, rows: Array) -> None:
+        moved = self._hbm(per_token(kernel.activation_bytes, rows))
+        work.add(kernel.count, timing.elementwise(self.profile, moved))
+        work.spend(work.memory_j, "activations", kernel.count * self.profile["energy.memory_j_per_byte"] * moved)
+
+    def _add_decode_attention(self, work: Work, kernel: Kernel, steps: Steps, load: Attention) -> None:
         p, shape = self.profile, kernel.attention
         assert shape is not None
-        per_key, per_pair = kernel.kv_read_bytes.keys, kernel.flops.pairs
-        bandwidth = p["memory.bandwidth_bytes_per_s"] * p["attention.decode.memory_efficiency"]
-        has_decode = steps.decode_sequences > 0
-        decode_s = np.where(has_decode, p["attention.decode.launch_s"], 0.0) + load.decode_keys * per_key / bandwidth
-        decode_s = decode_s + steps.decode_sequences * (
-            p["attention.decode.sequence_s"] + shape.kv_heads * p["attention.decode.sequence_head_s"]
+        read = load.decode_keys * kernel.kv_read_bytes.keys
+        work.add(
+            kernel.count,
+            timing.attention_decode(p, shape, steps.decode_sequences, steps.decode_tokens, load.decode_keys, read),
         )
-        peak = p["compute.bfloat16.peak_flops"] * p["attention.prefill.compute_efficiency"]
-        prefill_tokens = steps.tokens - steps.decode_tokens
-        # Whole tiles are computed: on the causal diagonal half of each 128 x 128 tile is wasted, 64 keys a query.
-        tiled_pairs = load.prefill_pairs + 64.0 * prefill_tokens
-        compute_s = tiled_pairs * per_pair / peak
-        prefill_s = np.where(prefill_tokens > 0, p["attention.prefill.launch_s"], 0.0) + compute_s
-        work.add(kernel.count, Timed(decode_s + prefill_s, compute_s))
-        byte_j, flop_j = p["energy.memory_j_per_byte"], p["energy.attention.j_per_flop"]
-        written = kernel.kv_write_bytes.tokens * steps.tokens
-        # A prefill reads its own fresh keys from cache, not from HBM; earlier chunks' keys come from HBM.
-        decode_kv = load.decode_keys * per_key
-        prefill_kv = np.maximum(load.prefill_keys - prefill_tokens, 0.0) * per_key
-        kv_j = kernel.count * byte_j * (decode_kv + prefill_kv + written)
-        # A decode packs the query heads that share a KV head into one tile; its empty rows are computed all the same.
+        written = kernel.kv_write_bytes.tokens * steps.decode_tokens
+        work.spend(work.memory_j, "kv_cache", kernel.count * p["energy.memory_j_per_byte"] * (read + written))
+        # The query heads that share a KV head fill one tile; its empty rows are computed all the same.
         packing = max(1.0, p["attention.decode.tile_rows"] / (shape.heads / shape.kv_heads))
-        compute_j = kernel.count * flop_j * per_pair * (packing * load.decode_pairs + load.prefill_pairs)
-        work.memory("kv_cache", kv_j)
-        work.compute("attention", compute_j)
-        prefill_j = kernel.count * (
-            byte_j * (prefill_kv + kernel.kv_write_bytes.tokens * prefill_tokens) + flop_j * per_pair * load.prefill_pairs
-        )
-        return prefill_j, kv_j + compute_j
+        flop_j = p["energy.attention.j_per_flop"] * kernel.flops.pairs * packing
+        work.spend(work.core_j, "attention", kernel.count * flop_j * load.decode_pairs)
 
-    def _collective(self, work: _Work, kernel: Kernel, rows: Array) -> None:
-        if self.collective is None:
-            return
-        time_s, joules = self.collective(kernel, per_token(kernel.activation_bytes, rows, rows))
-        work.add(kernel.count, Timed(time_s, np.zeros_like(time_s)))
-        work.communication_s = work.communication_s + kernel.count * time_s
-        work.memory("communication", kernel.count * joules)
+    def _add_prefill_attention(self, work: Work, kernel: Kernel, load: Attention, tokens: Array) -> Array:
+        """Add it; returns its joules."""
+        p, shape = self.profile, kernel.attention
+        assert shape is not None
+        # A prefill reads its own fresh keys from cache; the keys of earlier chunks come from HBM.
+        earlier = np.maximum(load.prefill_keys - tokens, 0.0) * kernel.kv_read_bytes.keys
+        work.add(
+            kernel.count,
+            timing.attention_prefill(p, shape, tokens, load.prefill_pairs, kernel.flops.pairs, earlier),
+        )
+        memory_j = kernel.count * p["energy.memory_j_per_byte"] * (earlier + kernel.kv_write_bytes.tokens * tokens)
+        core_j = kernel.count * p["energy.attention.j_per_flop"] * kernel.flops.pairs * load.prefill_pairs
+        work.spend(work.memory_j, "kv_cache", memory_j)
+        work.spend(work.core_j, "attention", core_j)
+        return np.asarray(memory_j + core_j)
+
+    def _add_collective(self, work: Work, kernel: Kernel, rows: Array) -> None:
+        assert self.collective is not None
+        cost = self.collective(kernel, per_token(kernel.activation_bytes, rows))
+        work.add(kernel.count, Timed(cost.time_s, np.zeros_like(rows)))
+        work.communication_s = work.communication_s + kernel.count * cost.time_s
+        work.spend(work.memory_j, "communication", kernel.count * cost.energy_j)
+
+
+def _is_sampled(kernel: Kernel) -> bool:
+    """Whether the kernel sees the rows that reach the head, and not all tokens."""
+    if kernel.gemm is not None:
+        return kernel.gemm.rows == "sampled"
+    return kernel.activation_bytes.sampled > 0 and kernel.activation_bytes.tokens == 0
+
+
+def _sum(parts: dict[str, Array], like: Array) -> Array:
+    total = np.zeros_like(like)
+    for joules in parts.values():
+        total = total + joules
+    return total

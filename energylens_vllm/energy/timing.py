@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from energylens_vllm.einsum.kernel import AttentionShape, Kernel
+
 
 class Timed(NamedTuple):
     """Seconds of a kernel at the top clock, and how many of them follow the SM clock (d t / d ln(1/clock))."""
@@ -49,3 +51,55 @@ def expert_padded_rows(rows: Any, active: Any, tile: Any) -> Any:
     """
     per_expert = rows / np.maximum(active, 1e-9)
     return np.maximum(active, 1e-9) * np.where(per_expert < tile, tile, per_expert + tile / 2)
+
+
+# The functions that step.py calls. `p` is a profile: p["name"] is a coefficient. All arrays have one shape.
+
+
+def linear(p: Any, form: str, kernel: Kernel, rows: Any, flops: Any, moved: Any) -> Timed:
+    """One dense GEMM of `rows` rows: `moved` activation bytes and the weights cross HBM."""
+    name = f"linear.{form}"
+    bandwidth = p["memory.bandwidth_bytes_per_s"] * p[f"{name}.memory_efficiency"]
+    peak = p[f"compute.{form}.peak_flops"] * p[f"{name}.compute_efficiency"]
+    tiles = np.maximum(rows, TILE_ROWS) / np.maximum(rows, 1)
+    timed = roofline((kernel.weight_bytes + moved) / bandwidth, flops * tiles / peak, p[f"{name}.corner"])
+    return Timed(timed.time_s + p[f"{name}.launch_s"], timed.clocked_s)
+
+
+def experts(
+    p: Any, form: str, kernel: Kernel, tokens: Any, active: Any, rows: Any, padded_rows: Any, moved: Any
+) -> Timed:
+    """One grouped GEMM of the fused experts: `active` of this GPU's experts see `rows` (token, expert) pairs, padded
+    to `padded_rows` in whole tiles."""
+    name, shape = f"experts.{form}", kernel.experts
+    assert shape is not None
+    assert kernel.gemm is not None
+    weights = kernel.weight_bytes * active / shape.local
+    per_row = 2.0 * kernel.gemm.n * kernel.gemm.k
+    bandwidth = p["memory.bandwidth_bytes_per_s"] * p[f"{name}.memory_efficiency"]
+    peak = p[f"compute.{form}.peak_flops"] * p[f"{name}.compute_efficiency"]
+    timed = roofline((weights + moved) / bandwidth, per_row * padded_rows / peak, p[f"{name}.corner"])
+    return Timed(timed.time_s + p[f"{name}.launch_s"] + p[f"{name}.token_s"] * tokens, timed.clocked_s)
+
+
+def elementwise(p: Any, moved: Any) -> Timed:
+    """A kernel that only moves bytes."""
+    bandwidth = p["memory.bandwidth_bytes_per_s"] * p["elementwise.memory_efficiency"]
+    return Timed(p["elementwise.launch_s"] + moved / bandwidth, np.zeros_like(moved))
+
+
+def attention_decode(p: Any, shape: AttentionShape, sequences: Any, tokens: Any, keys: Any, read: Any) -> Timed:
+    """Decode attention of `sequences` requests with `tokens` new tokens that read `keys` cached ones (`read` bytes)."""
+    bandwidth = p["memory.bandwidth_bytes_per_s"] * p["attention.decode.memory_efficiency"]
+    each = p["attention.decode.sequence_s"] + shape.kv_heads * p["attention.decode.sequence_head_s"]
+    time_s = read / bandwidth + sequences * each + np.where(sequences > 0, p["attention.decode.launch_s"], 0.0)
+    return Timed(time_s, np.zeros_like(time_s))
+
+
+def attention_prefill(p: Any, shape: AttentionShape, tokens: Any, pairs: Any, pair_flops: float, earlier: Any) -> Timed:
+    """Prefill attention of `tokens` tokens over `pairs` (query, key) pairs of `pair_flops` each; `earlier` bytes of
+    cached keys come from HBM. Whole tiles are computed: on the diagonal half of each 128 x 128 tile is wasted."""
+    peak = p["compute.bfloat16.peak_flops"] * p["attention.prefill.compute_efficiency"]
+    compute_s = (pairs + 64.0 * tokens) * pair_flops / peak
+    time_s = compute_s + np.where(tokens > 0, p["attention.prefill.launch_s"], 0.0)
+    return Timed(time_s, compute_s)

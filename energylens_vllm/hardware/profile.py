@@ -31,7 +31,9 @@ class GpuProfile:
 
     `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
     step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
-    this GPU, or only taken from cited constants.
+    this GPU, or only taken from cited constants; `calibrated_formats` which number formats of weights those
+    measurements cover. `std` holds relative standard deviations of predictions, by quantity ("time" or "energy") and
+    what they are of: "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
     """
 
     name: str
@@ -40,7 +42,8 @@ class GpuProfile:
     nvlink: bool
     calibrated: bool
     coefficients: Mapping[str, Coefficient]
-    interval: Mapping[str, float] = field(default_factory=dict)  #: relative half-widths of 90 % intervals, by kind
+    calibrated_formats: tuple[str, ...] = ("bfloat16",)
+    std: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         try:
@@ -70,7 +73,8 @@ class GpuProfile:
             "sm_count": self.sm_count,
             "nvlink": self.nvlink,
             "calibrated": self.calibrated,
-            "interval": dict(self.interval),
+            "calibrated_formats": list(self.calibrated_formats),
+            "std": dict(self.std),
             "coefficients": {
                 name: {"value": c.value, "std": c.std, "unit": c.unit, "source": c.source}
                 for name, c in sorted(self.coefficients.items())
@@ -116,7 +120,8 @@ def _read(path: pathlib.Path) -> GpuProfile:
             sm_count=int(raw["sm_count"]),
             nvlink=bool(raw["nvlink"]),
             calibrated=bool(raw["calibrated"]),
-            interval={str(k): float(v) for k, v in raw["interval"].items()},
+            calibrated_formats=tuple(str(name) for name in raw["calibrated_formats"]),
+            std={str(name): float(value) for name, value in raw["std"].items()},
             coefficients={
                 str(name): Coefficient(float(c["value"]), float(c["std"]), str(c["unit"]), str(c["source"]))
                 for name, c in raw["coefficients"].items()

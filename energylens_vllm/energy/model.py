@@ -1,0 +1,221 @@
+"""`EnergyModel`: a network on a deployment, compiled once; then time, energy and their intervals of any batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from energylens_vllm.architectures import build, load_config
+from energylens_vllm.architectures import quantization as quantization_of
+from energylens_vllm.einsum import Cascade, Kernel, load_cascade
+from energylens_vllm.einsum.kernel import Mask
+from energylens_vllm.energy.batch import Array, Steps, steps_from_requests
+from energylens_vllm.energy.collectives import Collectives
+from energylens_vllm.energy.deployment import Deployment
+from energylens_vllm.energy.interval import Uncertainty
+from energylens_vllm.energy.precision import format_of, widths
+from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
+from energylens_vllm.energy.serving import ServingPrediction, serve
+from energylens_vllm.energy.step import COMPONENTS, Evaluated, Exchanged, GpuStep
+from energylens_vllm.hardware.profile import load_profile
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """N steps of one data-parallel rank; every array has shape (N,), energies are over all GPUs of the rank.
+
+    `components` and `phases` each sum to `energy_j`. The bounds are of 90 % intervals. `flags` say why they are less
+    than sure.
+    """
+
+    time_s: Array
+    energy_j: Array
+    components: Mapping[str, Array]
+    phases: Mapping[str, Array]
+    low_s: Array
+    high_s: Array
+    low_j: Array
+    high_j: Array
+    clock: Array  #: SM clock relative to the top clock
+    communication_s: Array  #: part of `time_s` in collectives
+    waiting_s: Array  #: part of `time_s` in which the mean GPU waits for the one with the hottest experts
+    flags: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrediction:
+    """One engine step over the whole deployment. `components` and `phases` each sum to `energy_j`; `flags` say why the
+    prediction is less than sure, which the 90 % intervals (low, high) reflect."""
+
+    time_s: float
+    energy_j: float
+    components: Mapping[str, float]
+    phases: Mapping[str, float]
+    interval_s: tuple[float, float]
+    interval_j: tuple[float, float]
+    flags: frozenset[str]
+
+    @property
+    def power_w(self) -> float:
+        """Mean power of all GPUs."""
+        return self.energy_j / self.time_s
+
+
+class EnergyModel:
+    """Predicts the steps of one network on one deployment.
+
+    `config`: a Hugging Face config (dict), the path of one or of a cascade in YAML, a known name, or a `Cascade`.
+    Raises EnergyLensError for a network, a GPU or a sharding that is not known.
+    """
+
+    def __init__(
+        self, config: Mapping[str, object] | str | os.PathLike[str] | Cascade, deployment: Deployment | None = None
+    ) -> None:
+        self.deployment = deployment = deployment or Deployment()
+        self.cascade, quantization = _cascade(config, deployment)
+        self.quantization = quantization
+        self.profile = load_profile(deployment.gpu)
+        mesh = deployment.mesh
+        kernels = self.cascade.kernels(widths(deployment.dtype, quantization, deployment.kv_cache_dtype), mesh)
+        #: masks of the network's attention, in the order in which `Steps.attention` has to be
+        self.masks: tuple[Mask, ...] = tuple(dict.fromkeys(k.attention.mask for k in kernels if k.attention))
+        self._collectives = Collectives.load(self.profile.name, self.profile.nvlink)
+        self._stages = [
+            GpuStep(
+                [kernel for kernel in kernels if kernel.stage == stage],
+                self.masks,
+                self.profile,
+                format_of(quantization),
+                deployment.capture_sizes,
+                deployment.power_limit_w,
+                self._loads,
+                self._exchange,
+            )
+            for stage in range(mesh.pp)
+        ]
+        self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
+        self.flags = self._uncertainty.flags
+
+    def predict(self, steps: Steps) -> Predictions:
+        """N steps of one data-parallel rank. With pipeline parallelism the pipeline is taken to be full: a step ends
+        each time the slowest stage does. Ranks that share experts are taken to have like batches."""
+        stages = [stage.evaluate(steps) for stage in self._stages]
+        return self._together(steps, stages)
+
+    def step(self, requests: Sequence[tuple[int, int]], decode: Sequence[bool] | None = None) -> StepPrediction:
+        """One engine step over the whole deployment, of requests (num_new_tokens, num_computed_tokens).
+
+        `decode` says which requests decode, where that is not those with one new token after at least one computed
+        (speculative decoding). With data parallelism the requests are spread evenly over the ranks.
+        Raises EnergyLensError for an empty batch or a negative count.
+        """
+        ranks = self.deployment.data_parallel_size
+        steps = steps_from_requests(requests, self.masks, decode)
+        rank = self.predict(steps.share(ranks) if ranks > 1 else steps)
+
+        def one(values: Array, times: float = ranks) -> float:
+            return float(values[0]) * times
+
+        return StepPrediction(
+            time_s=one(rank.time_s, 1),
+            energy_j=one(rank.energy_j),
+            components={name: one(joules) for name, joules in rank.components.items()},
+            phases={name: one(joules) for name, joules in rank.phases.items()},
+            interval_s=(one(rank.low_s, 1), one(rank.high_s, 1)),
+            interval_j=(one(rank.low_j), one(rank.high_j)),
+            flags=rank.flags,
+        )
+
+    def serving(
+        self,
+        concurrency: float,
+        prompt_tokens: npt.ArrayLike,
+        output_tokens: npt.ArrayLike,
+        mean_context_tokens: float | None = None,
+    ) -> ServingPrediction:
+        """A closed queue in steady state: `concurrency` requests in all, each replaced when it ends.
+
+        `prompt_tokens` and `output_tokens` are numbers, or samples of equal length. `mean_context_tokens` overrides the
+        mean context of a decoding request (else prompt + E[L^2] / 2 E[L]). Raises EnergyLensError for what is not
+        positive.
+        """
+        return serve(self, concurrency, prompt_tokens, output_tokens, mean_context_tokens)
+
+    @property
+    def idle_power_w(self) -> float:
+        """Power of all GPUs of the deployment while an engine waits for requests."""
+        return self.profile["power.static_w"] * self.deployment.num_gpus
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _together(self, steps: Steps, stages: Sequence[Evaluated]) -> Predictions:
+        tensor_ranks = self.deployment.tensor_parallel_size
+        gpu_s = np.max([stage.gpu_s for stage in stages], axis=0)
+        time_s = np.maximum(gpu_s, np.max([stage.host_s for stage in stages], axis=0))
+        components = {name: np.zeros_like(time_s) for name in COMPONENTS}
+        prefill_j = np.zeros_like(time_s)
+        for stage in stages:
+            busy_j = np.zeros_like(time_s)
+            for name, joules in stage.components.items():
+                components[name] += tensor_ranks * joules
+                busy_j = busy_j + tensor_ranks * joules
+            components["static"] += tensor_ranks * stage.static_w * gpu_s
+            components["host_gap"] += tensor_ranks * stage.static_w * (time_s - gpu_s)
+            prefill_j += stage.prefill_share * busy_j
+        above_static = np.sum([components[name] for name in COMPONENTS if name not in ("static", "host_gap")], axis=0)
+        energy_j = above_static + components["static"] + components["host_gap"]
+        share = np.divide(prefill_j, above_static, out=np.zeros_like(energy_j), where=above_static > 0)
+        # Static power is shared as the rest is: a step in which prefill did most of the work is mostly prefill's.
+        prefill = share * energy_j
+        communication_s = np.max([stage.communication_s for stage in stages], axis=0)
+        relative_s, relative_j = self._uncertainty.relative(steps, communication_s / np.maximum(time_s, 1e-12))
+        return Predictions(
+            time_s=time_s,
+            energy_j=energy_j,
+            components=components,
+            phases={"prefill": prefill, "decode": energy_j - prefill},
+            low_s=time_s / (1 + relative_s),
+            high_s=time_s * (1 + relative_s),
+            low_j=energy_j / (1 + relative_j),
+            high_j=energy_j * (1 + relative_j),
+            clock=np.min([stage.clock for stage in stages], axis=0),
+            communication_s=communication_s,
+            waiting_s=np.max([stage.waiting_s for stage in stages], axis=0),
+            flags=self.flags,
+        )
+
+    def _loads(self, kernel: Kernel, tokens: Array) -> RankLoads:
+        """Loads of a rank's experts when each data-parallel rank has `tokens` tokens."""
+        shape, deployment = kernel.experts, self.deployment
+        assert shape is not None
+        ranks = round(shape.total / shape.local)
+        return _load_table(shape.total, shape.selected, ranks)(tokens * deployment.data_parallel_size)
+
+    def _exchange(self, kernel: Kernel, message_bytes: Array) -> Exchanged:
+        time_s, energy_j = self._collectives.kernel(kernel, message_bytes)
+        return Exchanged(time_s, energy_j)
+
+
+@cache
+def _load_table(experts: int, selected: int, ranks: int) -> LoadTable:
+    return LoadTable.build(Routing.uniform(experts, selected), Placement.linear(experts, ranks))
+
+
+def _cascade(
+    config: Mapping[str, object] | str | os.PathLike[str] | Cascade, deployment: Deployment
+) -> tuple[Cascade, str | None]:
+    """The cascade, and the quantization: the deployment's, or else what the config says."""
+    if isinstance(config, Cascade):
+        return config, deployment.quantization
+    if not isinstance(config, Mapping) and os.fspath(config).endswith((".yaml", ".yml")):
+        return load_cascade(Path(config)), deployment.quantization
+    loaded = load_config(config if isinstance(config, Mapping) else os.fspath(config))
+    return build(loaded), deployment.quantization or quantization_of(loaded)
