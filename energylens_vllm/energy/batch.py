@@ -152,19 +152,25 @@ def steps_from_requests(
 
 
 def steps_of_mixtures(
-    decoding: Array, context: float, starting: Array, new: Array, prompt: float, masks: Sequence[Mask]
+    decoding: Array,
+    context: float,
+    starting: Array,
+    new: Array,
+    uncached: float,
+    cached: float,
+    masks: Sequence[Mask],
 ) -> Steps:
-    """Steps that each hold `decoding` requests of `context` tokens and prefill `new` tokens of `starting` prompts of
-    length `prompt`. Arrays of shape (N,), fractions allowed."""
+    """Steps that each hold `decoding` requests of `context` tokens and prefill `new` tokens of `starting` prompts,
+    each of `uncached` tokens after `cached` ones. Arrays of shape (N,), fractions allowed."""
     attention = []
-    prompts = new / prompt
+    prompts = new / uncached
     for mask in masks:
         attention.append(
             Attention(
                 decoding * causal_pairs(1.0, context - 1, mask),
-                prompts * causal_pairs(prompt, 0.0, mask),
+                prompts * causal_pairs(uncached, cached, mask),
                 decoding * keys_read(1.0, context - 1, mask),
-                prompts * keys_read(prompt, 0.0, mask),
+                prompts * keys_read(uncached, cached, mask),
             )
         )
     return Steps(decoding + new, decoding, decoding + starting, decoding, tuple(attention))

@@ -26,7 +26,8 @@ def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
 class Deployment:
     """Where and how a model is served. Field names and defaults are vLLM's wherever vLLM has one.
 
-    `gpu` is a profile's name ("H200-SXM") or the path of a profile's JSON. `power_limit_w` None means the profile's.
+    `gpu` is a profile's name ("H200-SXM") or the path of a profile's JSON. `power_limit_w` None means the profile's;
+    `async_scheduling` None means as when the profile was calibrated.
     Raises EnergyLensError naming the field, the value and what is accepted.
     """
 
@@ -41,6 +42,7 @@ class Deployment:
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 1024
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
     cudagraph_capture_sizes: Sequence[int] | None = None
     power_limit_w: float | None = None
 

@@ -96,6 +96,7 @@ class EnergyModel:
                 format_of(quantization),
                 deployment.capture_sizes,
                 deployment.power_limit_w,
+                deployment.async_scheduling,
                 self._loads,
                 self._exchange,
             )
@@ -140,14 +141,16 @@ class EnergyModel:
         prompt_tokens: npt.ArrayLike,
         output_tokens: npt.ArrayLike,
         mean_context_tokens: float | None = None,
+        prefix_cache_hit_rate: float | None = None,
     ) -> ServingPrediction:
         """A closed queue in steady state: `concurrency` requests in all, each replaced when it ends.
 
-        `prompt_tokens` and `output_tokens` are numbers, or samples of equal length. `mean_context_tokens` overrides the
-        mean context of a decoding request (else prompt + E[L^2] / 2 E[L]). Raises EnergyLensError for what is not
-        positive.
+        `prompt_tokens` and `output_tokens` are numbers, or samples. `mean_context_tokens` overrides the mean context of
+        a decoding request (else prompt + E[L^2] / 2 E[L]). `prefix_cache_hit_rate` is the share of prompt tokens that
+        vLLM's prefix cache (on by default) spares; None takes that of chat traffic and sets the flag
+        "prefix_hits_assumed". Raises EnergyLensError for what is not positive, or no rate.
         """
-        return serve(self, concurrency, prompt_tokens, output_tokens, mean_context_tokens)
+        return serve(self, concurrency, prompt_tokens, output_tokens, mean_context_tokens, prefix_cache_hit_rate)
 
     @property
     def idle_power_w(self) -> float:
@@ -159,7 +162,7 @@ class EnergyModel:
     def _together(self, steps: Steps, stages: Sequence[Evaluated]) -> Predictions:
         tensor_ranks = self.deployment.tensor_parallel_size
         gpu_s = np.max([stage.gpu_s for stage in stages], axis=0)
-        time_s = np.maximum(gpu_s, np.max([stage.host_s for stage in stages], axis=0))
+        time_s = np.maximum(gpu_s, np.max([stage.host_s for stage in stages], axis=0)) + stages[0].serial_s
         components = {name: np.zeros_like(time_s) for name in COMPONENTS}
         prefill_j = np.zeros_like(time_s)
         for stage in stages:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from energylens_vllm.energy.model import EnergyModel
 
 
+#: Share of prompt tokens that prefix caching spares in chat traffic, where earlier turns have been served before.
+#: Source: fitted with the H100 and B200 profiles on the chat runs of the ML.ENERGY Benchmark v3 (benchmarks/).
+CHAT_HIT_RATE = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class ServingPrediction:
     """Means over time, of the whole deployment. `interval_j` is the 90 % interval of `energy_per_output_token_j`."""
@@ -39,6 +44,7 @@ def serve(
     prompt_tokens: npt.ArrayLike,
     output_tokens: npt.ArrayLike,
     mean_context_tokens: float | None = None,
+    prefix_cache_hit_rate: float | None = None,
 ) -> ServingPrediction:
     """See `EnergyModel.serving`.
 
@@ -49,6 +55,13 @@ def serve(
     prompts, outputs = _samples("prompt_tokens", prompt_tokens), _samples("output_tokens", output_tokens)
     if not (isinstance(concurrency, int | float) and math.isfinite(concurrency) and concurrency > 0):
         raise EnergyLensError(f"concurrency: {concurrency!r} is not a positive number of requests")
+    flags = set(model.flags)
+    hit_rate = prefix_cache_hit_rate
+    if hit_rate is None:
+        hit_rate = CHAT_HIT_RATE
+        flags.add("prefix_hits_assumed")
+    if not 0 <= hit_rate < 1:
+        raise EnergyLensError(f"prefix_cache_hit_rate: {hit_rate!r}; accepted: 0 up to, not including, 1")
     deployment = model.deployment
     prompt, output = float(prompts.mean()), float(outputs.mean())
     # A request that generates L tokens is met during its decode in proportion to L, half-way through on average.
@@ -56,17 +69,18 @@ def serve(
     ranks, in_flight = deployment.data_parallel_size, deployment.pipeline_parallel_size
     batch = min(concurrency / (ranks * in_flight), deployment.max_num_seqs)
     budget = deployment.max_num_batched_tokens
-    chunks = math.ceil(prompt / max(budget - batch, 1.0))
-    rate = min(batch / (chunks + output - 1), budget / (prompt + output - 1))
+    uncached = prompt * (1 - hit_rate)
+    chunks = math.ceil(uncached / max(budget - batch, 1.0))
+    rate = min(batch / (chunks + output - 1), budget / (uncached + output - 1))
 
     starting = np.arange(math.ceil(rate + 5 * math.sqrt(rate)) + 2, dtype=np.float64)
     weights = np.exp(starting * math.log(rate) - rate - np.array([math.lgamma(k + 1) for k in starting]))
     weights /= weights.sum()
-    new = np.minimum(starting * prompt, max(budget - batch, 1.0))
+    new = np.minimum(starting * uncached, max(budget - batch, 1.0))
     if (mean := float((weights * new).sum())) > 0:  # what the budget cuts off is computed in other steps
-        new = new * (rate * prompt / mean)
+        new = new * (rate * uncached / mean)
     decoding = np.maximum(batch - rate * chunks, 0.0) * np.ones_like(starting)
-    steps = steps_of_mixtures(decoding, context, starting, new, prompt, model.masks)
+    steps = steps_of_mixtures(decoding, context, starting, new, uncached, prompt - uncached, model.masks)
     predicted = model.predict(steps)
 
     def mean_of(values: Array) -> float:
@@ -88,7 +102,7 @@ def serve(
         running=ranks * in_flight * batch,
         prefill_energy_share=mean_of(predicted.phases["prefill"]) / step_j,
         interval_j=(low, high),
-        flags=predicted.flags,
+        flags=frozenset(flags),
     )
 
 

@@ -38,12 +38,13 @@ class Exchanged(NamedTuple):
 class Evaluated:
     """N steps of one GPU; every array has shape (N,).
 
-    `gpu_s` is how long its kernels take at `clock` (relative to the top clock), `host_s` how long the host needs to
-    launch them. Components (without static power) sum to the energy above static; `prefill_share` is prefill's part.
+    `gpu_s` is how long its kernels take at `clock` (relative to the top clock); `host_s` how long the host needs to
+    launch them, beside the GPU; `serial_s` the host's work between steps, in which the GPU waits. Components (without static power) sum to the energy above static; `prefill_share` is prefill's part.
     """
 
     gpu_s: Array
     host_s: Array
+    serial_s: Array
     clock: Array
     static_w: Array
     components: dict[str, Array]
@@ -100,6 +101,7 @@ class GpuStep:
         form: Format | None,
         capture_sizes: Sequence[int],
         power_limit_w: float | None = None,
+        async_scheduling: bool | None = None,
         loads: Callable[[Kernel, Array], RankLoads] | None = None,
         collective: Callable[[Kernel, Array], Exchanged] | None = None,
     ) -> None:
@@ -120,6 +122,10 @@ class GpuStep:
         self.other_launch_s = sum(
             k.count * profile["host.experts_s" if k.family == "experts" else "host.launch_s"] for k in rest
         )
+        #: host work between steps, for each step and for each of its requests
+        self.serial_s = (0.0, 0.0) if async_scheduling else (profile["host.serial_s"], profile["host.serial_request_s"])
+        if async_scheduling is None and profile.async_scheduling:
+            self.serial_s = (0.0, 0.0)
         self.power = Power(
             static_w=profile["power.static_w"],
             floor_w=profile["power.floor_w"],
@@ -163,6 +169,7 @@ class GpuStep:
         return Evaluated(
             gpu_s=at.time_s,
             host_s=host_s,
+            serial_s=self.serial_s[0] + self.serial_s[1] * steps.sequences,
             clock=at.clock,
             static_w=at.static_w,
             components=components,

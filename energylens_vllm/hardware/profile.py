@@ -32,7 +32,7 @@ class GpuProfile:
     `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
     step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
     this GPU, or only taken from cited constants; `calibrated_formats` which number formats of weights those
-    measurements cover. `std` holds relative standard deviations of predictions, by quantity ("time" or "energy") and
+    measurements cover, and `async_scheduling` whether vLLM ran with it in them. `std` holds relative standard deviations of predictions, by quantity ("time" or "energy") and
     what they are of: "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
     """
 
@@ -42,6 +42,7 @@ class GpuProfile:
     nvlink: bool
     calibrated: bool
     coefficients: Mapping[str, Coefficient]
+    async_scheduling: bool = True
     calibrated_formats: tuple[str, ...] = ("bfloat16",)
     std: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,6 +74,7 @@ class GpuProfile:
             "sm_count": self.sm_count,
             "nvlink": self.nvlink,
             "calibrated": self.calibrated,
+            "async_scheduling": self.async_scheduling,
             "calibrated_formats": list(self.calibrated_formats),
             "std": dict(self.std),
             "coefficients": {
@@ -120,6 +122,7 @@ def _read(path: pathlib.Path) -> GpuProfile:
             sm_count=int(raw["sm_count"]),
             nvlink=bool(raw["nvlink"]),
             calibrated=bool(raw["calibrated"]),
+            async_scheduling=bool(raw["async_scheduling"]),
             calibrated_formats=tuple(str(name) for name in raw["calibrated_formats"]),
             std={str(name): float(value) for name, value in raw["std"].items()},
             coefficients={
