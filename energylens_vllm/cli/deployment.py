@@ -22,6 +22,10 @@ _FLAGS: dict[str, tuple[dict[str, object], str]] = {
     "max_num_batched_tokens": ({"type": int, "metavar": "N"}, "most tokens of a step"),
     "max_num_seqs": ({"type": int, "metavar": "N"}, "most requests of a step"),
     "enforce_eager": ({"action": "store_true"}, "without CUDA graphs"),
+    "async_scheduling": (
+        {"action": argparse.BooleanOptionalAction},
+        "whether the host schedules a step while the one before runs (default: as when the profile was calibrated)",
+    ),
     "cudagraph_capture_sizes": (
         {"type": int, "nargs": "+", "metavar": "N"},
         "token counts that steps are padded to (default: as vLLM captures them)",

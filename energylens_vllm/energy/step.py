@@ -39,7 +39,8 @@ class Evaluated:
     """N steps of one GPU; every array has shape (N,).
 
     `gpu_s` is how long its kernels take at `clock` (relative to the top clock); `host_s` how long the host needs to
-    launch them, beside the GPU; `serial_s` the host's work between steps, in which the GPU waits. Components (without static power) sum to the energy above static; `prefill_share` is prefill's part.
+    launch them, beside the GPU; `serial_s` the host's work between steps, in which the GPU waits. Components (without
+    static power) sum to the energy above static; `prefill_share` is prefill's part.
     """
 
     gpu_s: Array

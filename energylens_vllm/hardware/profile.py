@@ -32,8 +32,9 @@ class GpuProfile:
     `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
     step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
     this GPU, or only taken from cited constants; `calibrated_formats` which number formats of weights those
-    measurements cover, and `async_scheduling` whether vLLM ran with it in them. `std` holds relative standard deviations of predictions, by quantity ("time" or "energy") and
-    what they are of: "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
+    measurements cover, and `async_scheduling` whether vLLM ran with it in them. `std` holds relative standard
+    deviations of predictions, by quantity ("time" or "energy") and what they are of: "energy.dense.decode", or a flag
+    that widens the interval, "energy.uncalibrated_format".
     """
 
     name: str
