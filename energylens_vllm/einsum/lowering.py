@@ -109,6 +109,7 @@ class _Walk:
         experts = cascade.expert_rank(block)
         self.counter = Counter(cascade, sharding, widths, experts)
         self.layouts: dict[str, Layout] = {}
+        self.stayed: dict[str, Layout] = {}  #: of what was sent to the experts, how it still lies where it came from
         self.made: dict[str, tuple[str, Einsum]] = {}  #: activation -> the group and einsum that last made it
         self.out: list[Kernel] = []
         self.sliced = _dispatched(cascade, block) if sharding.sequence else frozenset()
@@ -156,6 +157,7 @@ class _Walk:
         slice_now = index in self.sliced and place == "local"
         output = Layout("sequence" if slice_now else place, partial)
         self.layouts[einsum.output.tensor] = output
+        self.stayed.pop(einsum.output.tensor, None)
         self.made[einsum.output.tensor] = group, einsum
         written = replace(output, place=place) if slice_now else output
         return Placed(einsum, place, operands, written)
@@ -174,7 +176,9 @@ class _Walk:
         return "sequence" if places == {"sequence"} and not cache else "local"
 
     def _after_experts(self, tensor: str) -> Place:
-        """Where a tensor lies once it has come back from the experts."""
+        """Where a tensor lies once it has come back from the experts, or has never left."""
+        if tensor in self.stayed:
+            return "sequence" if self.stayed[tensor].place == "sequence" else "local"
         if self._layout(tensor).place == "experts" and self.sharding.sequence:
             return "sequence"
         return "local"
@@ -189,7 +193,9 @@ class _Walk:
         if place == "experts":
             self._dispatch(tensor)
             return
-        if layout.place == "experts":
+        if tensor in self.stayed:
+            layout = self.layouts[tensor] = self.stayed.pop(tensor)
+        elif layout.place == "experts":
             exchange, after = self.sharding.combine(layout)
             self._exchange([tensor], exchange, after)
             layout = after
@@ -209,6 +215,7 @@ class _Walk:
         tensors = [tensor, *routing]
         for each in tensors:
             self._complete(each)
+        self.stayed |= {each: self._layout(each) for each in tensors}
         exchange, after = self.sharding.dispatch(self._layout(tensor))
         self._exchange(tensors, exchange, after)
 

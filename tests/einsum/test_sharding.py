@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -123,6 +124,22 @@ def test_shared_experts_are_whole_where_tokens_are_chunked(deepseek: Cascade) ->
     for name in ("moe.shared_gate_up", "moe.shared_down", "moe.router"):
         assert chunked[name].weight_bytes == one[name].weight_bytes
         assert chunked[name].flops.tokens == one[name].flops.tokens / 2
+
+
+@pytest.mark.parametrize("mesh", [Mesh(dp=4, ep=4), Mesh(tp=2, dp=2, ep=4), Mesh(dp=2), Mesh(tp=2, dp=2), Mesh(tp=2)])
+def test_what_goes_to_the_experts_also_stays(deepseek: Cascade, mesh: Mesh) -> None:
+    """Shared experts read the hidden state that was sent to the routed ones: it does not have to come back for them."""
+    blocks = []
+    for each in deepseek.blocks:
+        shared = [group for group in each.groups if group.name.startswith("shared_")]
+        groups = [group for group in each.groups if group not in shared]
+        if shared:
+            at = next(i for i, group in enumerate(groups) if group.name == "add")
+            groups[at:at] = shared
+        blocks.append(replace(each, groups=tuple(groups)))
+    later = replace(deepseek, blocks=tuple(blocks))
+    assert [group.name for group in later.blocks[2].groups] != [group.name for group in deepseek.blocks[2].groups]
+    assert named(later.kernels(mesh=mesh)) == named(deepseek.kernels(mesh=mesh))
 
 
 def test_experts_split_by_expert_or_by_intermediate(qwen3_moe: Cascade) -> None:
