@@ -26,6 +26,11 @@ class Config:
         source = str(self.fields.get("_name_or_path") or "").rstrip("/")
         return source.rpartition("/")[2] or self.model_type
 
+    def with_defaults(self, defaults: Mapping[str, object]) -> Config:
+        """The config with what it leaves out filled in."""
+        given = {field: value for field, value in self.fields.items() if value is not None}
+        return Config({**defaults, **given}, self.model_type)
+
     def __contains__(self, field: str) -> bool:
         return self.fields.get(field) is not None
 

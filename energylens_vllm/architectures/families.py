@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from energylens_vllm.architectures import llama, qwen2, qwen3
+from energylens_vllm.architectures import deepseek, gemma, gpt_oss, llama, llama4, mixtral, qwen2, qwen3
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.errors import ArchitectureError
 from energylens_vllm.einsum import Cascade
@@ -16,6 +16,13 @@ FAMILIES: Mapping[str, Callable[[Config], Cascade]] = {
     "qwen2": qwen2.build,
     "qwen3": qwen3.build,
     "qwen3_moe": qwen3.build_moe,
+    "mixtral": mixtral.build,
+    "gemma2": gemma.build_gemma2,
+    "gemma3_text": gemma.build_gemma3,
+    "gpt_oss": gpt_oss.build,
+    "deepseek_v2": deepseek.build,
+    "deepseek_v3": deepseek.build,
+    "llama4_text": llama4.build,
 }
 
 #: Classes in `architectures` -> model type, for models of another type that name one of these.
@@ -25,7 +32,17 @@ CLASSES: Mapping[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "GptOssForCausalLM": "gpt_oss",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Llama4ForCausalLM": "llama4_text",
 }
+
+#: Multimodal wrappers -> the type of their text model, for configs whose `text_config` does not say it.
+TEXT_MODELS: Mapping[str, str] = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral"}
 
 HOW_TO_WRITE_ONE = (
     "For another network write its cascade, as docs/einsum.md shows, and give the Cascade or the path of its YAML in "
@@ -48,8 +65,9 @@ def _text(config: Mapping[str, object]) -> Mapping[str, object]:
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return config
-    shared = {key: config[key] for key in ("_name_or_path", "tie_word_embeddings") if key in config}
-    return shared | {key: value for key, value in text.items() if key not in shared or value not in (None, "")}
+    shared = {key: config.get(key) for key in ("_name_or_path", "tie_word_embeddings")}
+    shared["model_type"] = TEXT_MODELS.get(str(config.get("model_type")))
+    return shared | {key: value for key, value in text.items() if value not in (None, "")}
 
 
 def _family(config: Mapping[str, object]) -> str:

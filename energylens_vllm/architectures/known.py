@@ -49,7 +49,7 @@ def load_config(source: str | Path | Mapping[str, object]) -> dict[str, object]:
 @cache
 def _hub() -> Mapping[str, str]:
     """Lower-case name or hub id -> name in the catalogue."""
-    names = {}
+    names: dict[str, str] = {}
     for name in known_models():
         ids = _read(CATALOG / f"{name}.json")[HUB_IDS]
         assert isinstance(ids, list)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.einsum import Cascade, Rank, block, build_cascade
-from energylens_vllm.einsum.cascade import Kind
 from energylens_vllm.einsum.sharding import layer_sequence
 
 Size = Rank | int | str
@@ -24,11 +23,13 @@ Size = Rank | int | str
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Kernels (name -> einsums), with the sizes of the ranks and the kinds of the tensors that they bring along."""
+    """Kernels (name -> einsums), with the sizes of the ranks and the kinds of the tensors that they bring along.
+    `tied`: weight -> the weight whose memory it is."""
 
     kernels: Mapping[str, Sequence[str]]
     ranks: Mapping[str, Size] = field(default_factory=dict)
-    tensors: Mapping[Kind, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 def join(*parts: Part) -> Part:
@@ -37,7 +38,7 @@ def join(*parts: Part) -> Part:
     for part in parts:
         assert not kernels.keys() & part.kernels.keys(), "two kernels of one name"
         kernels |= part.kernels
-    return Part(kernels, _ranks(parts), _tensors(parts))
+    return Part(kernels, _ranks(parts), _tensors(parts), _tied(parts))
 
 
 def decoder(
@@ -54,7 +55,7 @@ def decoder(
     layers = {kind: layer(kind) for kind in counts}
     first, last = _embedding(config), _head(softcap)
     parts = [first, *layers.values(), last]
-    tied = config.flag("tie_word_embeddings", default=False)
+    head = {"WH": "E"} if config.flag("tie_word_embeddings", default=False) else {}
     return build_cascade(
         config.name,
         ranks=_ranks(parts),
@@ -64,7 +65,7 @@ def decoder(
             *(block(kind, part.kernels, counts[kind]) for kind, part in layers.items()),
             block("head", last.kernels),
         ],
-        tied={"WH": "E"} if tied else {},
+        tied=head | _tied(parts),
         order=_cycle(sequence, counts),
     )
 
@@ -116,12 +117,16 @@ def _ranks(parts: Iterable[Part]) -> dict[str, Size]:
     return ranks
 
 
-def _tensors(parts: Iterable[Part]) -> dict[Kind, str]:
-    names: dict[Kind, dict[str, None]] = {}
+def _tensors(parts: Iterable[Part]) -> dict[str, str]:
+    names: dict[str, dict[str, None]] = {}
     for part in parts:
         for kind, text in part.tensors.items():
             names.setdefault(kind, {}).update(dict.fromkeys(text.split()))
     return {kind: " ".join(each) for kind, each in names.items()}
+
+
+def _tied(parts: Iterable[Part]) -> dict[str, str]:
+    return {weight: other for part in parts for weight, other in part.tied.items()}
 
 
 def _cycle(sequence: Sequence[str], counts: Mapping[str, int]) -> Sequence[str]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from energylens_vllm.architectures.attention import attention
 from energylens_vllm.architectures.config import Config
-from energylens_vllm.architectures.mlp import experts, mlp
+from energylens_vllm.architectures.experts import experts
+from energylens_vllm.architectures.mlp import mlp
 from energylens_vllm.architectures.part import Part, decoder, join, norm
 from energylens_vllm.architectures.qwen2 import windows
 from energylens_vllm.einsum import Cascade
