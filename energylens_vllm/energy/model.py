@@ -23,7 +23,7 @@ from energylens_vllm.energy.precision import format_of, widths
 from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
 from energylens_vllm.energy.serving import ServingPrediction, serve
 from energylens_vllm.energy.step import COMPONENTS, Evaluated, Exchanged, GpuStep
-from energylens_vllm.hardware.profile import load_profile
+from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
 PHASES = ("prefill", "decode")
 
@@ -73,16 +73,20 @@ class EnergyModel:
     """Predicts the steps of one network on one deployment.
 
     `config`: a Hugging Face config (dict), the path of one or of a cascade in YAML, a known name, or a `Cascade`.
+    `profile` takes the place of the one that the deployment names (for fits).
     Raises EnergyLensError for a network, a GPU or a sharding that is not known.
     """
 
     def __init__(
-        self, config: Mapping[str, object] | str | os.PathLike[str] | Cascade, deployment: Deployment | None = None
+        self,
+        config: Mapping[str, object] | str | os.PathLike[str] | Cascade,
+        deployment: Deployment | None = None,
+        profile: GpuProfile | None = None,
     ) -> None:
         self.deployment = deployment = deployment or Deployment()
         self.cascade, quantization = _cascade(config, deployment)
         self.quantization = quantization
-        self.profile = load_profile(deployment.gpu)
+        self.profile = profile or load_profile(deployment.gpu)
         mesh = deployment.mesh
         kernels = self.cascade.kernels(widths(deployment.dtype, quantization, deployment.kv_cache_dtype), mesh)
         #: masks of the network's attention, in the order in which `Steps.attention` has to be

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from energylens_vllm.einsum.kernel import Kernel, Mask, Terms
-from energylens_vllm.energy import timing
+from energylens_vllm.energy import kernel_time as timing
 from energylens_vllm.energy.batch import Array, Attention, Integers, Steps
+from energylens_vllm.energy.kernel_time import Timed
 from energylens_vllm.energy.power import Power, operate
 from energylens_vllm.energy.precision import Format
 from energylens_vllm.energy.routing_load import RankLoads
-from energylens_vllm.energy.timing import Timed
 from energylens_vllm.hardware.profile import GpuProfile
 
 #: What joules are spent on; those of a step sum to its energy.
