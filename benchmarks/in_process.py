@@ -89,7 +89,6 @@ class Engine:
         self.started_s = time.perf_counter()
         from vllm import LLM, SamplingParams
 
-        self.import_s = time.perf_counter() - self.started_s
         self._parameters = SamplingParams
         self.config = config
         with tempfile.TemporaryDirectory() as folder:

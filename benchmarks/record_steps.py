@@ -1,9 +1,10 @@
 """Record scheduler steps, power and energy of real vLLM under steady and mixed load on one GPU.
 
-    python benchmarks/record_steps.py llama8b-fp8 out/llama8b_fp8.npz
+    python benchmarks/record_steps.py out/ llama8b-fp8 gptoss20b      # a minute or two each
 
-Random weights, the engine in this process, prompts of random tokens. Writes the step format that `energylens replay`
-reads (docs/formats.md) and, beside it, one CSV row per steady window. Needs vLLM and one NVIDIA GPU.
+Random weights, an engine for each case in a process of its own, prompts of random tokens. Writes CASE.npz in the step
+format that `energylens replay` reads (docs/formats.md), CASE_points.csv with one row per steady window, and log.txt.
+Needs vLLM and one NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any
 
 import in_process
 from in_process import Engine, Meter, Recorder
+from in_turn import run_in_turn, wait_for_turn
 
 SETTLE_S = 0.5  #: before each steady window: batch, clock and counter settle
+GROWTH = 400  #: tokens that a sequence may gain while it is part of the decode points
 LONGEST_OUTPUT = 6000
 
 
@@ -33,12 +36,12 @@ class Points:
     decodes: Sequence[tuple[int, Sequence[int]]]  #: (tokens of each prompt, numbers of sequences)
     prompts: Sequence[int]  #: tokens of the prompts that prefill points are made of
     rates: Sequence[float]  #: requests a second of the mixed loads
-    idle_s: float = 1.5
-    mix_s: float = 8.0
+    idle_s: float = 1.0
+    mix_s: float = 6.0
 
 
-FAST = Points([(256, (1, 4, 16, 64, 256)), (2048, (8, 64)), (8000, (4, 16))], (64, 512, 2048, 8192), (8,))
-SLOW = Points([(256, (1, 8, 64, 128)), (2048, (8, 32)), (8000, (4,))], (64, 512, 2048, 8192), (3,))
+FAST = Points([(256, (1, 4, 16, 64, 256)), (2048, (8, 32)), (8000, (4, 12))], (64, 512, 2048, 8192), (8,))
+SLOW = Points([(256, (1, 8, 32, 64, 128)), (2048, (8, 16)), (8000, (4,))], (64, 512, 2048, 8192), (3,))
 LLAMA, QWEN3_30B_A3B = in_process.LLAMA, in_process.QWEN3_30B_A3B
 #: name -> (config, LLM arguments, points)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Points]] = {
@@ -52,7 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Points]] = {
     "qwen30b-fp8": (QWEN3_30B_A3B, dict(quantization="fp8"), FAST),
     "gptoss20b": (in_process.GPT_OSS_20B, {}, FAST),
     # A trial on vLLM's CPU build.
-    "tiny": (in_process.TINY["qwen3"], in_process.ON_CPU, Points([(32, (1, 4))], (64, 512), (4,), 0.5, 2.0)),
+    "tiny": (in_process.TINY["qwen3"], in_process.ON_CPU, Points([(32, (1, 4))], (64, 512), (4,), mix_s=2.0)),
 }
 
 
@@ -61,15 +64,15 @@ class Recording:
 
     def __init__(self, name: str, out: pathlib.Path, window_s: float) -> None:
         config, arguments, self._points = CASES[name]
-        self._out, self._window_s = out, window_s
+        self._out, self._name, self._window_s = out, name, window_s
         self.engine = Engine(config, max_model_len=16384, **in_process.ON_GPU | arguments)
-        self.engine.log(f"{name} ready, {self.engine.kv_tokens} KV tokens")
+        self.engine.log(f"ready, {self.engine.kv_tokens} KV tokens")
         self._recorder = Recorder(self.engine)
         self._recorder.attach()
         self._meter = Meter()
         self._meter.start()
         self._rows: list[dict[str, Any]] = []
-        print(self._meter.device(), flush=True)
+        self.engine.log(str(self._meter.device()))
 
     def run(self) -> None:
         points = self._points
@@ -96,7 +99,7 @@ class Recording:
         """Batches of growing size, each made of the one before and new sequences of `context` tokens."""
         engine, scheduler, sequences = self.engine, self.engine.scheduler, 0
         for batch in batches:
-            if batch * (context + 1000) > engine.kv_tokens * 0.95:
+            if batch * (context + GROWTH) > engine.kv_tokens * 0.95:
                 break
             self._recorder.phase = "fill"
             for _ in range(batch - sequences):
@@ -168,23 +171,33 @@ class Recording:
                         f"{measured['sm_clock_mhz']:.0f} MHz")  # fmt: skip
 
     def _save(self) -> None:
-        in_process.save(self._out, self._recorder, self._meter, self.engine)
-        with open(self._out.with_name(f"{self._out.stem}_points.csv"), "w", newline="") as file:
+        in_process.save(self._out / f"{self._name}.npz", self._recorder, self._meter, self.engine)
+        with open(self._out / f"{self._name}_points.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(self._rows[0]))
             writer.writeheader()
             writer.writerows(self._rows)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=list(CASES))
-    parser.add_argument("out", type=pathlib.Path, help="the .npz to write")
+    parser.add_argument("out", type=pathlib.Path, help="the folder to write to")
+    parser.add_argument("cases", nargs="+", metavar="CASE", choices=list(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--window", type=float, default=1.3, help="seconds of each steady window (default: 1.3)")
+    parser.add_argument("--timeout", type=float, default=200.0, help="seconds after which a case is stopped")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    Recording(args.case, args.out.resolve(), args.window).run()
-    sys.stdout.flush()
-    os._exit(0)  # the engine's own shutdown takes seconds of GPU time
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if args.inside:
+        wait_for_turn(CASES[args.cases[0]][0]["architectures"][0])
+        Recording(args.cases[0], out, args.window).run()
+        sys.stdout.flush()
+        os._exit(0)  # the engine's own shutdown takes seconds of GPU time
+    script = [sys.executable, str(pathlib.Path(__file__).resolve()), str(out)]
+    flags = ["--inside", f"--window={args.window}"]
+    passed = run_in_turn({name: [*script, name, *flags] for name in args.cases}, out / "log.txt", args.timeout)
+    return 0 if all(passed.values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

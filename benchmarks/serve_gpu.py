@@ -20,12 +20,8 @@ import math
 import os
 import pathlib
 import random
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +30,7 @@ from typing import Any
 import in_process
 import numpy as np
 from in_process import Engine, Meter, Recorder
+from in_turn import run_in_turn, wait_for_turn
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Case:
             **arguments,
         )  # fmt: skip
         engine = self.engine
-        engine.log(f"{name} ready, {engine.import_s:.1f} s of it imports; {engine.kv_tokens} KV tokens")
+        engine.log(f"ready, {engine.kv_tokens} KV tokens")
         self.observer = getattr(engine.scheduler, "energylens_observer", None)
         self.predicts = self.observer is not None and self.observer.predictor is not None
         self.predicted = Predicted()
@@ -248,7 +245,7 @@ class Case:
 
     def write(self) -> None:
         in_process.save(self._out / f"{self._name}.npz", self.recorder, self.meter, self.engine)
-        (self._out / f"{self._name}.json").write_text(json.dumps(self.result, indent=1))
+        (self._out / f"{self._name}.json").write_text(json.dumps(self.result, indent=1, default=str))
 
 
 class Predicted:
@@ -339,32 +336,6 @@ def _watts(score: dict[str, Any]) -> str:
 # -- all cases, and their table -----------------------------------------------------------------------------------
 
 
-def run_case(name: str, out: pathlib.Path, tiny: bool, timeout_s: float) -> bool:
-    """Run a case in a process of its own; all it prints goes to log.txt, its own lines also to the screen."""
-    command = [sys.executable, str(pathlib.Path(__file__).resolve()), str(out), name, "--inside"]
-    print(f"== {name}", flush=True)
-    last: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, open(out / "log.txt", "a") as log:
-        process = subprocess.Popen(
-            command + ["--tiny"] * tiny, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env={"VLLM_LOGGING_LEVEL": "INFO"} | os.environ, errors="replace",
-        )  # fmt: skip
-        watchdog = threading.Timer(timeout_s, lambda: os.killpg(process.pid, signal.SIGKILL))
-        watchdog.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            last = [*last[-29:], line]
-            if line.startswith("[") and " s] " in line[:14]:
-                print(line, end="", flush=True)
-        code = process.wait()
-        watchdog.cancel()
-    if code:
-        print(f"{name} ended with {code}; its last lines:\n{''.join(last)}", flush=True)
-    return code == 0
-
-
 def read_results(out: pathlib.Path) -> list[dict[str, Any]]:
     """What the cases have written to a folder."""
     return [json.loads((out / f"{name}.json").read_text()) for name in CASES if (out / f"{name}.json").is_file()]
@@ -445,14 +416,17 @@ def main() -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if args.inside:
+        wait_for_turn(CASES[args.cases[0]][1]["architectures"][0])
         Case(args.cases[0], out, args.tiny).run()
         sys.stdout.flush()
         os._exit(0)  # the engine's own shutdown takes seconds of GPU time
-    passed = [run_case(name, out, args.tiny, args.timeout) for name in args.cases or CASES]
+    script = [sys.executable, str(pathlib.Path(__file__).resolve()), str(out)]
+    flags = ["--inside", *["--tiny"] * args.tiny]
+    passed = run_in_turn({name: [*script, name, *flags] for name in args.cases or CASES}, out / "log.txt", args.timeout)
     text = table(read_results(out))
     (out / "table.md").write_text(text + "\n")
     print(text)
-    return 0 if all(passed) else 1
+    return 0 if all(passed.values()) else 1
 
 
 if __name__ == "__main__":
