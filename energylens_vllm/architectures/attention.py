@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from energylens_vllm.architectures.config import Config
-from energylens_vllm.architectures.errors import ArchitectureError
 from energylens_vllm.architectures.part import Part
 from energylens_vllm.einsum import Rank
 
@@ -29,10 +28,7 @@ def attention(
     c = "cs" if window else "cc" if chunk else "c"
     heads, kv_heads = config.size("num_attention_heads"), _kv_heads(config)
     if heads % kv_heads:
-        raise ArchitectureError(
-            f"config of model_type {config.model_type!r}: field 'num_key_value_heads': {kv_heads} does not divide "
-            f"num_attention_heads {heads}"
-        )
+        raise config.error(f"field 'num_key_value_heads': {kv_heads} does not divide num_attention_heads {heads}")
     q, k = {"rms": ("rmsnorm(Q[t,h,e]) * NQ[e]", "rmsnorm(KN[t,g,e]) * NK[e]"),
             "l2": ("l2norm(Q[t,h,e])", "l2norm(KN[t,g,e])"),
             None: ("Q[t,h,e]", "KN[t,g,e]")}[norm]  # fmt: skip
@@ -76,9 +72,8 @@ def head_dim(config: Config) -> int:
         return config.size("head_dim")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     if hidden % heads:
-        raise ArchitectureError(
-            f"config of model_type {config.model_type!r}: field 'head_dim' is missing, and num_attention_heads {heads} "
-            f"does not divide hidden_size {hidden}"
+        raise config.error(
+            f"field 'head_dim' is missing, and num_attention_heads {heads} does not divide hidden_size {hidden}"
         )
     return hidden // heads
 

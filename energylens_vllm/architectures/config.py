@@ -38,7 +38,7 @@ class Config:
         """A positive whole number."""
         value = self._get(field, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._error(field, f"{value!r} is not a positive whole number")
+            raise self.error(f"field {field!r}: {value!r} is not a positive whole number")
         return value
 
     def count(self, field: str, default: int | None = None) -> int:
@@ -48,20 +48,20 @@ class Config:
     def flag(self, field: str, default: bool) -> bool:
         value = self._get(field, default)
         if not isinstance(value, bool):
-            raise self._error(field, f"{value!r} is neither true nor false")
+            raise self.error(f"field {field!r}: {value!r} is neither true nor false")
         return value
 
     def choice(self, field: str, accepted: Sequence[str], default: str) -> str:
         value = self._get(field, default)
         if value not in accepted:
-            raise ArchitectureError(f"config of model_type {self.model_type!r}: {unknown(field, value, accepted)}")
+            raise self.error(str(unknown(f"field {field!r}", value, accepted)))
         return str(value)
 
     def whole_numbers(self, field: str, default: Sequence[int] = ()) -> list[int]:
         """A list of whole numbers."""
         value = self._get(field, default)
         if not isinstance(value, list | tuple) or not all(isinstance(each, int) for each in value):
-            raise self._error(field, f"{value!r} is not a list of whole numbers")
+            raise self.error(f"field {field!r}: {value!r} is not a list of whole numbers")
         return list(value)
 
     def layer_types(self, kinds: Mapping[str, str], default: Sequence[str]) -> list[str]:
@@ -72,19 +72,20 @@ class Config:
         if given is None:
             return list(default)
         if not isinstance(given, list | tuple) or len(given) != layers:
-            raise self._error("layer_types", f"does not list one kind for each of the {layers} layers")
+            raise self.error(f"field 'layer_types' does not list one kind for each of the {layers} layers")
         for word in given:
             if word not in kinds:
-                raise self._error("layer_types", str(unknown("kind", word, kinds)))
+                raise self.error(str(unknown("field 'layer_types'", word, kinds)))
         return [kinds[word] for word in given]
+
+    def error(self, problem: str) -> ArchitectureError:
+        """The error to raise for a problem with the config's fields."""
+        return ArchitectureError(f"config of model_type {self.model_type!r}: {problem}")
 
     def _get(self, field: str, default: object) -> object:
         value = self.fields.get(field)
         if value is None:
             value = default
         if value is None:
-            raise self._error(field, "is missing")
+            raise self.error(f"field {field!r} is missing")
         return value
-
-    def _error(self, field: str, problem: str) -> ArchitectureError:
-        return ArchitectureError(f"config of model_type {self.model_type!r}: field {field!r}: {problem}")

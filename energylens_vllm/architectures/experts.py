@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from energylens_vllm.architectures.config import Config
-from energylens_vllm.architectures.errors import ArchitectureError
 from energylens_vllm.architectures.part import Part
 from energylens_vllm.einsum import Rank
+
+#: What configs call the number of routed experts. transformers writes some under another name than it reads.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def experts(
@@ -22,15 +24,13 @@ def experts(
     """From `B` to `output`: router, top-k choice, and the experts' two GEMMs, which are kernels of their own as in
     vLLM's Triton experts; what these hand to each other crosses HBM.
 
-    `count` is the field with the number of experts. `fused` draws activation and weighted sum into the GEMMs, as the
-    kernels for mxfp4 weights do. `correction` is a learnt bias of each expert in the choice alone.
+    `count` is the family's field for the number of experts. `fused` draws activation and weighted sum into the GEMMs,
+    as the kernels for mxfp4 weights do. `correction` is a learnt bias of each expert in the choice alone.
     """
+    count = next((name for name in (count, *_COUNTS) if name in config), count)
     total, selected = config.size(count), config.size("num_experts_per_tok")
     if selected > total:
-        raise ArchitectureError(
-            f"config of model_type {config.model_type!r}: field 'num_experts_per_tok': {selected} is more than "
-            f"{count} {total}"
-        )
+        raise config.error(f"field 'num_experts_per_tok': {selected} is more than {count} {total}")
     gate_up = [
         "EG[t,x,m] = B[t,d] * XG[x,d,m]" + (" + BXG[x,m]" if bias else ""),
         "EU[t,x,m] = B[t,d] * XU[x,d,m]" + (" + BXU[x,m]" if bias else ""),

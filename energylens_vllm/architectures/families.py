@@ -80,6 +80,7 @@ def _family(config: Mapping[str, object]) -> str:
         if name in CLASSES:
             return CLASSES[name]
     if model_type is None and not names:
-        raise ArchitectureError(f"config: field 'model_type' is missing; accepted: {', '.join(sorted(FAMILIES))}")
+        accepted = ", ".join(sorted(FAMILIES))
+        raise ArchitectureError(f"config: field 'model_type' is missing; accepted: {accepted}. {HOW_TO_WRITE_ONE}")
     of = f"model_type of {names[0]}" if names else "model_type"
     raise ArchitectureError(str(unknown(f"config: {of}", model_type, FAMILIES, HOW_TO_WRITE_ONE)))

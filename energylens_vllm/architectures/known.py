@@ -33,10 +33,10 @@ def load_config(source: str | Path | Mapping[str, object]) -> dict[str, object]:
     if path.is_dir():
         path /= "config.json"
     if path.is_file():
-        return {"_name_or_path": str(path.parent if path.name == "config.json" else path.with_suffix(""))} | _read(path)
+        return _read(path) | {"_name_or_path": str(path.parent if path.name == "config.json" else path.with_suffix(""))}
     name = str(source)
     if path.suffix == ".json":
-        raise ArchitectureError(f"config {name!r}: No such file")
+        raise ArchitectureError(f"config {str(path)!r}: No such file")
     found = _hub().get(name.lower())
     if found is None:
         raise ArchitectureError(str(unknown("model", name, known_models(), "Or give the path of a config.json")))

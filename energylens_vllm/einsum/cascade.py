@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -138,6 +138,13 @@ class Cascade:
 
     def parameters(self) -> int:
         """Elements of all weights of the whole model, tied ones once."""
+        return self._parameters(lambda rank: rank.size or 1)
+
+    def active_parameters(self) -> int:
+        """Elements of the weights that one token meets: of experts only those that it selects."""
+        return self._parameters(lambda rank: rank.select or rank.size or 1)
+
+    def _parameters(self, extent: Callable[[Rank], int]) -> int:
         total = 0
         for each in self.blocks:
             weights = {
@@ -146,7 +153,7 @@ class Cascade:
                 for access in einsum.reads
                 if self.is_weight(access.tensor) and access.tensor not in self.tied
             }
-            elements = sum(prod(self.ranks[rank].size or 1 for rank in ranks) for ranks in weights.values())
+            elements = sum(prod(extent(self.ranks[rank]) for rank in ranks) for ranks in weights.values())
             total += elements * (each.count or 1)
         return total
 
