@@ -40,9 +40,13 @@ class Increments:
         """Raise a counter by `value` >= 0."""
         self._add[name, labels].append(value)
 
+    def add_all(self, name: str, values: Iterable[float], *labels: str) -> None:
+        """Raise a counter by each of `values` >= 0, as if one after the other."""
+        self._add[name, labels].extend(values)
+
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge."""
-        self._set[name, labels] = value
+        self._set[name, labels] = float(value)
 
     def observe(self, name: str, values: Iterable[float], *labels: str) -> None:
         """Add observations to a histogram."""
@@ -57,7 +61,10 @@ class Increments:
             report["set"] = [(name, labels, value) for (name, labels), value in self._set.items()]
             self._set.clear()
         if self._observe:
-            report["observe"] = [(name, labels, values) for (name, labels), values in self._observe.items()]
+            # Python's own floats: vLLM's serializer, which carries the report, need not know others.
+            report["observe"] = [
+                (name, labels, list(map(float, values))) for (name, labels), values in self._observe.items()
+            ]
             self._observe.clear()
         return report
 

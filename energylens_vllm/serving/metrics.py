@@ -31,6 +31,7 @@ COMPONENTS = (
 #: why a step's prediction is less than sure; each widens its interval. Others that the model gives count as "other"
 FLAGS = (
     "uncalibrated_gpu",
+    "uncalibrated_format",
     "reference_gpu",
     "extrapolated",
     "multimodal_not_modelled",

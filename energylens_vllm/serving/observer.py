@@ -12,19 +12,23 @@ was later: time without work is in no step.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.serving.batch import Batch
 from energylens_vllm.serving.guard import FAILURES, Guard
 from energylens_vllm.serving.increments import Increments, Report
 from energylens_vllm.serving.metrics import COMPONENTS, FLAGS, PHASES
-from energylens_vllm.serving.predictor import Prediction, Predictor
+from energylens_vllm.serving.predictor import Predictions, Predictor
 
 MAX_IN_FLIGHT = 64  #: steps remembered between schedule() and update_from_output(); vLLM keeps a handful
-MAX_UNREPORTED = 100_000  #: ended steps kept for the next report
+#: ended steps kept for the next report (some 16 kB each with 256 requests); more are lost, and counted as unpredicted
+MAX_UNREPORTED = 8192
 
 
 @dataclass(slots=True)
@@ -34,7 +38,6 @@ class Step:
     batch: Batch
     start_s: float
     end_s: float
-    prediction: Prediction | None = None
 
     @property
     def duration_s(self) -> float:
@@ -42,8 +45,8 @@ class Step:
         return self.end_s - self.start_s
 
 
-#: gets each report's steps, in order, and may add to the report
-Listener = Callable[[Sequence[Step], Increments], None]
+#: gets each report's steps, in order, with their predictions (None if there are none), and may add to the report
+Listener = Callable[[Sequence[Step], Predictions | None, Increments], None]
 
 
 class StepObserver:
@@ -74,6 +77,7 @@ class StepObserver:
         self._read = read
         self._in_flight: dict[int, tuple[object, Any, float]] = {}
         self._ended: deque[tuple[Any, float, float]] = deque(maxlen=MAX_UNREPORTED)
+        self._num_ended = self._num_taken = 0
         self._reported_dummy_steps = 0
         self._next_report_s = clock() + report_interval_s
 
@@ -90,6 +94,7 @@ class StepObserver:
             return
         end_s = self.clock()
         self._ended.append((flight[1], max(flight[2], self.last_end_s), end_s))
+        self._num_ended += 1
         self.last_end_s = end_s
 
     def is_due(self, out_of_work: bool) -> bool:
@@ -109,33 +114,46 @@ class StepObserver:
     def report(self) -> None:
         """Predict and account for the steps that ended since the last call, and put a report into the outbox."""
         self._next_report_s = self.clock() + self.report_interval_s
-        steps = self._take_steps()
-        self._predict(steps)
-        for step in steps:
-            _add_step(self.increments, step)
-        if steps:
+        if steps := self._take_steps():
+            predictions = self._predict(steps)
+            _add_steps(self.increments, steps)
+            if predictions is None:
+                self.increments.add("energylens_unpredicted_steps_total", float(len(steps)))
+            else:
+                _add_predictions(self.increments, steps, predictions)
+            _add_flags(self.increments, steps, predictions)
             for listener in self.listeners:
                 with self.guard.at("listen"):
-                    listener(steps, self.increments)
+                    listener(steps, predictions, self.increments)
         self._add_counts()
         if report := self.increments.take():
             self.outbox.append(report)
 
     def _take_steps(self) -> list[Step]:
-        steps = []
+        num_ended, steps = self._num_ended, []
         for _ in range(len(self._ended)):
-            work, start_s, end_s = self._ended.popleft()
-            with self.guard.at("read"):
+            try:
+                work, start_s, end_s = self._ended.popleft()
+            except IndexError:  # pragma: no cover - the engine's thread only appends
+                break
+            self._num_taken += 1
+            try:
                 steps.append(Step(self._read(work), start_s, end_s))
+            except Exception:
+                self.guard.failed("read")
+        if (lost := num_ended - self._num_taken) > 0:
+            self._num_taken += lost
+            self.increments.add("energylens_unpredicted_steps_total", float(lost))
         return steps
 
-    def _predict(self, steps: Sequence[Step]) -> None:
-        if self.predictor is None or not steps:
-            return
+    def _predict(self, steps: Sequence[Step]) -> Predictions | None:
+        if self.predictor is None:
+            return None
         with self.guard.at("predict"):
             predictions = self.predictor.predict([step.batch for step in steps])
-            for step, prediction in zip(steps, predictions, strict=True):
-                step.prediction = prediction
+            _check(predictions, len(steps))
+            return predictions
+        return None
 
     def _add_counts(self) -> None:
         """Increments of what other threads count in plain integers."""
@@ -147,37 +165,60 @@ class StepObserver:
             self.increments.add(FAILURES, float(failures), place)
 
 
-def _add_step(increments: Increments, step: Step) -> None:
-    batch, prediction = step.batch, step.prediction
-    increments.add("energylens_steps_total", 1.0, batch.phase)
-    increments.add("energylens_tokens_total", float(batch.num_tokens - batch.num_decode_tokens), "prefill")
-    increments.add("energylens_tokens_total", float(batch.num_decode_tokens), "decode")
-    if batch.cached_tokens:
-        increments.add("energylens_cached_tokens_total", float(sum(batch.cached_tokens.values())))
-    if batch.draft_tokens:
-        increments.add("energylens_draft_tokens_total", float(sum(batch.draft_tokens.values())))
-    if prediction is None:
-        increments.add("energylens_unpredicted_steps_total", 1.0)
-        flags = batch.flags
-    else:
-        _add_prediction(increments, step, prediction)
-        flags = batch.flags | prediction.flags
-    for flag in {flag if flag in FLAGS else "other" for flag in flags}:
-        increments.add("energylens_flagged_steps_total", 1.0, flag)
+def _check(predictions: Predictions, num_steps: int) -> None:
+    """Raises EnergyLensError for what would spoil counters for good: they can neither fall nor forget a NaN."""
+    named = {
+        "time_s": predictions.time_s,
+        "energy_j": predictions.energy_j,
+        "low_j": predictions.low_j,
+        "high_j": predictions.high_j,
+        **predictions.components,
+        **predictions.phases,
+    }
+    if wrong := [name for name, values in named.items() if values.shape != (num_steps,)]:
+        raise EnergyLensError(f"predictions: {wrong[0]} has shape {named[wrong[0]].shape} for {num_steps} steps")
+    together = np.array(list(named.values()))
+    if not (together.min() >= 0.0 and together.max() < np.inf):
+        wrong = [name for name, values in named.items() if not (values.min() >= 0.0 and values.max() < np.inf)]
+        raise EnergyLensError(f"predictions: {wrong[0]} is negative or not finite in some step")
 
 
-def _add_prediction(increments: Increments, step: Step, prediction: Prediction) -> None:
+def _add_steps(increments: Increments, steps: Sequence[Step]) -> None:
+    batches = [step.batch for step in steps]
+    for phase, count in Counter(batch.phase for batch in batches).items():
+        increments.add("energylens_steps_total", float(count), phase)
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    num_decode_tokens = sum(batch.num_decode_tokens for batch in batches)
+    increments.add("energylens_tokens_total", float(num_tokens - num_decode_tokens), "prefill")
+    increments.add("energylens_tokens_total", float(num_decode_tokens), "decode")
+    cached = sum(sum(batch.cached_tokens.values()) for batch in batches if batch.cached_tokens)
+    increments.add("energylens_cached_tokens_total", float(cached))
+    drafts = sum(sum(batch.draft_tokens.values()) for batch in batches if batch.draft_tokens)
+    increments.add("energylens_draft_tokens_total", float(drafts))
+
+
+def _add_predictions(increments: Increments, steps: Sequence[Step], predictions: Predictions) -> None:
     for phase in PHASES:
-        increments.add("energylens_predicted_energy_joules_total", prediction.phases[phase], phase)
+        increments.add_all("energylens_predicted_energy_joules_total", predictions.phases[phase].tolist(), phase)
     for component in COMPONENTS:
-        increments.add(
-            "energylens_predicted_component_energy_joules_total", prediction.components[component], component
-        )
-    lower, upper = prediction.interval_j
-    increments.add("energylens_predicted_energy_bound_joules_total", lower, "lower")
-    increments.add("energylens_predicted_energy_bound_joules_total", upper, "upper")
-    increments.observe("energylens_step_energy_joules", (prediction.energy_j,))
-    increments.add("energylens_predicted_step_time_seconds_total", prediction.time_s)
-    increments.add("energylens_measured_step_time_seconds_total", step.duration_s)
-    if prediction.time_s > 0.0:
-        increments.observe("energylens_step_time_ratio", (step.duration_s / prediction.time_s,))
+        joules = predictions.components[component].tolist()
+        increments.add_all("energylens_predicted_component_energy_joules_total", joules, component)
+    increments.add_all("energylens_predicted_energy_bound_joules_total", predictions.low_j.tolist(), "lower")
+    increments.add_all("energylens_predicted_energy_bound_joules_total", predictions.high_j.tolist(), "upper")
+    increments.observe("energylens_step_energy_joules", predictions.energy_j.tolist())
+    durations, expected = [step.duration_s for step in steps], predictions.time_s.tolist()
+    increments.add_all("energylens_predicted_step_time_seconds_total", expected)
+    increments.add_all("energylens_measured_step_time_seconds_total", durations)
+    ratios = [measured / time_s for measured, time_s in zip(durations, expected, strict=True) if time_s > 0.0]
+    increments.observe("energylens_step_time_ratio", ratios)
+
+
+def _add_flags(increments: Increments, steps: Sequence[Step], predictions: Predictions | None) -> None:
+    """Count for each flag the steps that have it, from the batch or from its prediction."""
+    every = frozenset() if predictions is None else predictions.flags
+    counts: Counter[str] = Counter()
+    for flags, count in Counter(step.batch.flags for step in steps).items():
+        for flag in {flag if flag in FLAGS else "other" for flag in flags | every}:
+            counts[flag] += count
+    for flag, count in counts.items():
+        increments.add("energylens_flagged_steps_total", float(count), flag)

@@ -30,6 +30,7 @@ class Engine:
     config: Mapping[str, Any]  #: the Hugging Face config
     deployment: Mapping[str, Any]  #: arguments of `Deployment`, but `gpu`
     device_name: str  #: NVML's product name of its GPU; "" without one
+    quantization: str | None  #: as vLLM names it, also where it comes from the config
     flags: frozenset[str] = NONE  #: what no prediction of it will cover
 
 
@@ -62,10 +63,10 @@ def start_predictor(engine: Engine, gpu: str | None = None) -> Started:
     info = {
         "gpu": gpu,
         "source": source,
-        **{
-            name: str(engine.deployment[name])
-            for name in ("dtype", "quantization", "tensor_parallel_size", "pipeline_parallel_size")
-        },
+        "dtype": str(engine.deployment["dtype"]),
+        "quantization": str(engine.quantization),
+        "tensor_parallel_size": str(engine.deployment["tensor_parallel_size"]),
+        "pipeline_parallel_size": str(engine.deployment["pipeline_parallel_size"]),
     }
     predictor, state, problem = None, "ready", ""
     try:

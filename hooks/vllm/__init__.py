@@ -4,7 +4,7 @@ What is changed in vLLM, all of it in memory and by name, so that a release that
 
 | where | what for | module |
 | --- | --- | --- |
-| `EngineArgs.add_cli_args`, `create_engine_config` | the flags `--plugin`, `--energylens`; their early check | `flags` |
+| `EngineArgs.add_cli_args`, `create_engine_config` | `--plugin`, `--energylens` and their early check | `flags` |
 | `SchedulerConfig.get_scheduler_cls` | a subclass of the configured scheduler, which sees each batch | `scheduler` |
 | `EngineCoreProc.run_busy_loop`, `execute_dummy_batch` | the reporting thread, steps without requests | `engine` |
 | `SyncMPClient.__init__` | tells the engine of an offline `LLM` that nobody listens while it is idle | `engine` |

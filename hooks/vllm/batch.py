@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import struct
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 from energylens_vllm.serving.batch import NONE, Batch
 
 
 class Scheduled:
-    """What is kept of a SchedulerOutput until it is read: references to lists that nobody changes afterwards.
+    """What is kept of a SchedulerOutput until it is read: not the whole, which holds the images of new requests.
 
-    Not the whole output, which holds the images of new requests.
+    Nearly all steps are one token for each of hundreds of decoding requests. Of those the counts are copied, though
+    that costs more here than a reference would: a second's lists of Python integers, kept alive, would push the
+    scheduler's next lists out of the CPU's caches, and reading them later would miss the caches too.
     """
 
-    __slots__ = ("drafts", "encoder", "finished", "new", "num_tokens", "old", "tokens")
+    __slots__ = (
+        "computed", "drafts", "encoder", "finished", "is_decode", "new", "num_tokens", "outputs", "request_ids",
+        "resumed", "tokens",
+    )  # fmt: skip
 
     def __init__(self, output: Any) -> None:
-        self.tokens: dict[str, int] = output.num_scheduled_tokens
+        old, tokens, new = output.scheduled_cached_reqs, output.num_scheduled_tokens, output.scheduled_new_reqs
+        self.request_ids: list[str] = old.req_ids
         self.num_tokens: int = output.total_num_scheduled_tokens
-        self.old = output.scheduled_cached_reqs
-        self.new: list[tuple[str, int, bool]] = [
-            (request.req_id, request.num_computed_tokens, request.lora_request is not None)
-            for request in output.scheduled_new_reqs
-        ]
+        self.resumed: set[str] = old.resumed_req_ids
         self.drafts: dict[str, list[int]] = output.scheduled_spec_decode_tokens
         self.encoder: bool = bool(output.scheduled_encoder_inputs)
         self.finished: set[str] = output.finished_req_ids
+        computed, outputs = old.num_computed_tokens, old.num_output_tokens
+        #: whether it is one token for each of some running requests that have output
+        self.is_decode: bool = (
+            not new
+            and not self.drafts
+            and not self.resumed
+            and self.num_tokens == len(tokens) == len(self.request_ids) == len(outputs)
+            and all(outputs)
+        )
+        if self.is_decode:
+            self.computed: list[int] | bytes = struct.pack(f"{len(outputs)}q", *computed)
+        else:  # references to lists that nobody changes afterwards
+            self.computed, self.outputs, self.tokens = computed, outputs, tokens
+        self.new: list[tuple[str, int, bool]] = [
+            (request.req_id, request.num_computed_tokens, request.lora_request is not None) for request in new
+        ]
 
 
 class Reader:
@@ -40,49 +61,62 @@ class Reader:
         self._lora_requests: set[str] = set()
 
     def __call__(self, scheduled: Scheduled) -> Batch:
-        """The batch of one step."""
-        old, new, tokens = scheduled.old, scheduled.new, scheduled.tokens
+        """The batch of one step. Raises ValueError if its lists are not equally long, KeyError for a stray request."""
+        request_ids, num_tokens = scheduled.request_ids, scheduled.num_tokens
+        finished = frozenset(scheduled.finished) if scheduled.finished else NONE
+        if scheduled.is_decode:
+            ones, trues = [1] * num_tokens, [True] * num_tokens
+            computed = array("q", scheduled.computed)
+            flags = self._flags_of(scheduled, request_ids)
+            return Batch(
+                request_ids, ones, computed, trues, num_tokens, num_tokens, finished_request_ids=finished, flags=flags
+            )
+        new, tokens = scheduled.new, scheduled.tokens
         drafts = {request_id: len(ids) for request_id, ids in scheduled.drafts.items()}
-        request_ids, computed_tokens = old.req_ids, old.num_computed_tokens
-        if not new and not drafts and scheduled.num_tokens == len(tokens) and 0 not in old.num_output_tokens:
-            new_tokens, is_decode, num_decode_tokens = [1] * len(tokens), [True] * len(tokens), len(tokens)
-        else:
-            request_ids = [*request_ids, *(request_id for request_id, _, _ in new)]
-            computed_tokens = [*computed_tokens, *(computed for _, computed, _ in new)]
-            new_tokens = [tokens[request_id] for request_id in request_ids]
-            is_decode = [
-                outputs > 0 and count <= 1 + drafts.get(request_id, 0)
-                for request_id, outputs, count in zip(old.req_ids, old.num_output_tokens, new_tokens, strict=False)
-            ] + [False] * len(new)
-            num_decode_tokens = sum(count for count, decodes in zip(new_tokens, is_decode, strict=True) if decodes)
+        new_tokens = [tokens[request_id] for request_id in request_ids]
+        is_decode = [
+            produced > 0 and count <= 1 + drafts.get(request_id, 0)
+            for request_id, produced, count in zip(request_ids, scheduled.outputs, new_tokens, strict=True)
+        ]
+        num_decode_tokens = sum(count for count, decodes in zip(new_tokens, is_decode, strict=True) if decodes)
+        request_ids = [*request_ids, *(request_id for request_id, _, _ in new)]
+        computed_tokens = [*scheduled.computed, *(computed for _, computed, _ in new)]
+        new_tokens += [tokens[request_id] for request_id, _, _ in new]
+        is_decode += [False] * len(new)
+        if not len(request_ids) == len(computed_tokens) == len(tokens):
+            raise ValueError(
+                f"{len(request_ids)} requests, {len(computed_tokens)} counts of computed tokens, {len(tokens)} of new"
+            )
         return Batch(
             request_ids,
             new_tokens,
             computed_tokens,
             is_decode,
-            scheduled.num_tokens,
+            num_tokens,
             num_decode_tokens,
             draft_tokens=drafts,
             cached_tokens=self._cached_tokens(scheduled),
-            finished_request_ids=frozenset(scheduled.finished) if scheduled.finished else NONE,
-            flags=self._flags_of(scheduled),
+            finished_request_ids=finished,
+            flags=self._flags_of(scheduled, request_ids),
         )
 
     def _cached_tokens(self, scheduled: Scheduled) -> dict[str, int]:
         """A request that starts, or starts again, with tokens computed has found them in a cache."""
         cached = {request_id: computed for request_id, computed, _ in scheduled.new if computed}
-        if resumed := scheduled.old.resumed_req_ids:
-            for request_id, computed in zip(scheduled.old.req_ids, scheduled.old.num_computed_tokens, strict=True):
+        if resumed := scheduled.resumed:
+            for request_id, computed in zip(scheduled.request_ids, scheduled.computed, strict=True):
                 if computed and request_id in resumed:
                     cached[request_id] = computed
         return cached
 
-    def _flags_of(self, scheduled: Scheduled) -> frozenset[str]:
-        self._lora_requests.difference_update(scheduled.finished)
-        self._lora_requests.update(request_id for request_id, _, has_lora in scheduled.new if has_lora)
-        flags = self._flags
+    def _flags_of(self, scheduled: Scheduled, request_ids: Sequence[str]) -> frozenset[str]:
+        flags, lora_requests = self._flags, self._lora_requests
+        if scheduled.new:
+            lora_requests.update(request_id for request_id, _, has_lora in scheduled.new if has_lora)
+        if lora_requests:
+            lora_requests.difference_update(scheduled.finished)
+            if not lora_requests.isdisjoint(request_ids):
+                flags |= {"lora_not_modelled"}
         if scheduled.encoder:
             flags |= {"multimodal_not_modelled"}
-        if self._lora_requests and not self._lora_requests.isdisjoint(scheduled.tokens):
-            flags |= {"lora_not_modelled"}
         return flags

@@ -19,22 +19,26 @@ def describe(vllm_config: Any) -> Engine:
         flags.add("draft_model_not_modelled")
     if vllm_config.kv_transfer_config is not None:
         flags.add("kv_transfer_not_modelled")
+    config = model.hf_config.to_dict()
     return Engine(
-        config=model.hf_config.to_dict(),
+        config=config,
         deployment={
             "tensor_parallel_size": parallel.tensor_parallel_size,
             "pipeline_parallel_size": parallel.pipeline_parallel_size,
             "data_parallel_size": parallel.data_parallel_size,
             "enable_expert_parallel": parallel.enable_expert_parallel,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "quantization": model.quantization,
+            # A checkpoint's own says more than the name that vLLM gives it: bits, groups, what is left out.
+            "quantization": None if config.get("quantization_config") else model.quantization,
             "kv_cache_dtype": vllm_config.cache_config.cache_dtype,
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
             "max_num_seqs": scheduler.max_num_seqs,
             "enforce_eager": model.enforce_eager,
+            "async_scheduling": scheduler.async_scheduling,
             "cudagraph_capture_sizes": _capture_sizes(compilation),
         },
         device_name=_device_name(),
+        quantization=model.quantization,
         flags=frozenset(flags),
     )
 

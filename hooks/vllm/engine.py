@@ -83,10 +83,11 @@ class Reporter(threading.Thread):
         from vllm.v1.engine import EngineCoreOutputs
         from vllm.v1.metrics.stats import SchedulerStats
 
+        # vLLM shows these stats too, so they have to be true of an engine that works after all.
         scheduler = self._engine.scheduler
         running, waiting = scheduler.get_request_counts()
         stats = SchedulerStats(
-            num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=scheduler.get_kv_cache_usage()
+            num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=scheduler.kv_cache_manager.usage
         )
         setattr(stats, transport.FIELD, self._observer.take_outbox())
         self._engine.output_queue.put_nowait((0, EngineCoreOutputs(scheduler_stats=stats)))

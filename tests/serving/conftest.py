@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from energylens_vllm.serving.batch import Batch
 from energylens_vllm.serving.metrics import COMPONENTS
-from energylens_vllm.serving.predictor import Prediction
+from energylens_vllm.serving.predictor import Predictions
 
 
 class TokenPredictor:
     """A quarter of a joule a prefill token, half a joule a decode token, a millisecond a step."""
 
-    def predict(self, batches: Sequence[Batch]) -> list[Prediction]:
-        return [self._one(batch) for batch in batches]
-
-    def _one(self, batch: Batch) -> Prediction:
-        phases = {"prefill": (batch.num_tokens - batch.num_decode_tokens) / 4, "decode": batch.num_decode_tokens / 2}
-        joules = sum(phases.values())
-        components = dict.fromkeys(COMPONENTS, 0.0) | {"weights": joules}
-        return Prediction(1e-3, joules, components, phases, (joules / 2, joules * 2), frozenset({"extrapolated"}))
+    def predict(self, batches: Sequence[Batch]) -> Predictions:
+        prefill = np.array([(batch.num_tokens - batch.num_decode_tokens) / 4 for batch in batches])
+        decode = np.array([batch.num_decode_tokens / 2 for batch in batches])
+        joules = prefill + decode
+        return Predictions(
+            time_s=np.full(len(batches), 1e-3),
+            energy_j=joules,
+            components=dict.fromkeys(COMPONENTS, np.zeros(len(batches))) | {"weights": joules},
+            phases={"prefill": prefill, "decode": decode},
+            low_j=joules / 2,
+            high_j=joules * 2,
+            flags=frozenset({"uncalibrated_gpu"}),
+        )
 
 
 @pytest.fixture

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from energylens_vllm.serving.batch import Batch
 from energylens_vllm.serving.increments import Increments, Report
-from energylens_vllm.serving.observer import MAX_IN_FLIGHT, Step, StepObserver
-from energylens_vllm.serving.predictor import Prediction, Predictor
+from energylens_vllm.serving.observer import MAX_IN_FLIGHT, MAX_UNREPORTED, Step, StepObserver
+from energylens_vllm.serving.predictor import Predictions, Predictor
 
 
 class Clock:
@@ -64,7 +66,7 @@ def totals(reports: Iterable[Report]) -> dict[str, float]:
 def run(observer: StepObserver, clock: Clock, times: Sequence[tuple[float, float]]) -> list[float]:
     """Durations of steps that are scheduled at and end at the given times."""
     durations: list[float] = []
-    observer.listeners.append(lambda steps, _: durations.extend(round(step.duration_s, 9) for step in steps))
+    observer.listeners.append(lambda steps, *_: durations.extend(round(step.duration_s, 9) for step in steps))
     works = [Work(decode=1) for _ in times]
     events = [(start, 1, i) for i, (start, _) in enumerate(times)] + [(end, 0, i) for i, (_, end) in enumerate(times)]
     for at, is_start, i in sorted(events):
@@ -110,7 +112,7 @@ def test_the_report_has_all_sums(observer: StepObserver, clock: Clock) -> None:
         "predicted_energy_bound_joules_total upper": 14.0,
         "predicted_step_time_seconds_total": pytest.approx(3e-3, abs=1e-10),
         "measured_step_time_seconds_total": 0.75,
-        "flagged_steps_total extrapolated": 3.0,
+        "flagged_steps_total uncalibrated_gpu": 3.0,
         "dummy_steps_total": 2.0,
     }
     assert reports[0]["observe"] == [
@@ -138,11 +140,11 @@ def test_steps_that_never_end_are_forgotten(observer: StepObserver) -> None:
 
 
 class Broken:
-    def predict(self, batches: Sequence[Batch]) -> list[Prediction]:
+    def predict(self, batches: Sequence[Batch]) -> Predictions:
         raise ZeroDivisionError("on purpose")
 
 
-def broken_listener(steps: Sequence[Step], increments: Increments) -> None:
+def broken_listener(steps: Sequence[Step], predictions: Predictions | None, increments: Increments) -> None:
     raise KeyError("on purpose")
 
 
@@ -188,6 +190,41 @@ def test_without_a_predictor_steps_are_counted() -> None:
         "tokens_total decode": 2.0,
         "unpredicted_steps_total": 1.0,
     }
+
+
+def test_steps_beyond_what_is_kept_are_counted(predictor: Predictor) -> None:
+    observer = StepObserver(read, predictor)
+    for _ in range(MAX_UNREPORTED + 5):
+        work = Work(decode=2)
+        observer.scheduled(work, work, 0.0)
+        observer.ended(work)
+    observer.report()
+    sums = totals(observer.take_outbox())
+    assert (sums["steps_total decode"], sums["unpredicted_steps_total"]) == (MAX_UNREPORTED, 5.0)
+    observer.report()
+    assert observer.take_outbox() == []
+
+
+@pytest.mark.parametrize("field", ["energy_j", "time_s", "low_j"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, None])
+def test_a_prediction_that_would_spoil_a_counter_is_refused(
+    predictor: Predictor, clock: Clock, field: str, value: float | None
+) -> None:
+    class Spoilt:
+        def predict(self, batches: Sequence[Batch]) -> Predictions:
+            good = predictor.predict(batches)
+            values = np.array([1.0, value]) if value is not None else np.ones(1)
+            return replace(good, **{field: values})
+
+    observer = StepObserver(read, Spoilt(), clock=clock)
+    for work in (Work(decode=2), Work(prefill=2)):
+        observer.scheduled(work, work, clock.now)
+        observer.ended(work)
+    observer.report()
+    sums = totals(observer.take_outbox())
+    assert (sums["steps_total decode"], sums["unpredicted_steps_total"]) == (1.0, 2.0)
+    assert sums["plugin_failures_total predict"] == 1.0
+    assert not [name for name in sums if "energy" in name or "time" in name]
 
 
 def test_one_thread_may_report_while_the_other_works(predictor: Predictor) -> None:
