@@ -180,6 +180,7 @@ class EnergyModel:
         above_static = np.sum([components[name] for name in COMPONENTS if name not in ("static", "host_gap")], axis=0)
         energy_j = above_static + components["static"] + components["host_gap"]
         share = np.divide(prefill_j, above_static, out=np.zeros_like(energy_j), where=above_static > 0)
+        share = np.minimum(share, 1.0)  # by rounding it may exceed 1, and then decode would be negative
         # Static power is shared as the rest is: a step in which prefill did most of the work is mostly prefill's.
         prefill = share * energy_j
         communication_s = np.max([stage.communication_s for stage in stages], axis=0)
