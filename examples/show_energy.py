@@ -74,7 +74,7 @@ def send(url: str, model: str) -> tuple[int, int]:
 
 
 def reported(url: str, before: Metrics, expected_tokens: int) -> Metrics:
-    """What the metrics have gained since `before`, as soon as they hold `expected_tokens`: engines report each second."""
+    """What the metrics have gained since `before`, once they hold `expected_tokens`; engines report each second."""
     give_up = time.monotonic() + LAG_S
     while True:
         now = scrape(url)
