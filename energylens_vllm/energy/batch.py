@@ -112,12 +112,10 @@ def steps_from_arrays(new: Any, computed: Any, offsets: Any, masks: Sequence[Mas
         def total(values: Any) -> Array:
             return np.array([values.sum()])
     else:
-        starts = np.minimum(bounds[:-1], max(len(n) - 1, 0))
 
         def total(values: Any) -> Array:
-            if not len(values):
-                return np.zeros(len(sizes))
-            sums: Array = np.add.reduceat(values, starts)
+            # One more zero, because steps without requests may come last and start behind the last request.
+            sums: Array = np.add.reduceat(np.append(values, 0.0), bounds[:-1])
             return np.where(sizes > 0, sums, 0.0)
 
     dec = is_decode.astype(np.float64)
