@@ -144,7 +144,7 @@ def test_the_checkpoints_quantization_is_one_that_deployments_know(name: str) ->
     assert quantization(load_config(name)) in {None, *QUANTIZATIONS}
 
 
-# -- any config of a family, not only those of the catalogue ------------------------------------------------------------
+# -- any config of a family, not only those of the catalogue -----------------------------------------------------------
 
 FAMILY_MODELS = [
     "llama-3.2-1b", "mistral-7b-v0.1", "qwen2.5-0.5b", "qwen3-0.6b", "qwen3-30b-a3b", "mixtral-8x7b", "gemma-2-2b",
