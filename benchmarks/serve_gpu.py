@@ -386,16 +386,16 @@ def _row(title: str, load: dict[str, Any]) -> str:
     if "predicted_energy_j" not in load:
         return start + f"| - | {load['power_w']:.1f} | - | - | {load['energy_j']:.0f} | - | - | - | - | - |"
     measured_j, low_j, high_j = load["energy_j"], load["predicted_low_j"], load["predicted_high_j"]
-    times = "- | - | -"
+    ending = "- | - | - | - | -"  # idle power alone has no interval
     if steps := load["window_steps"]:
-        times = (
-            f"{load['busy_s'] / steps * 1e3:.2f} | {load['predicted_busy_s'] / steps * 1e3:.2f} "
+        ending = (
+            f"{low_j:.0f} to {high_j:.0f} | {'yes' if low_j <= measured_j <= high_j else 'no'} "
+            f"| {load['busy_s'] / steps * 1e3:.2f} | {load['predicted_busy_s'] / steps * 1e3:.2f} "
             f"| {load['predicted_busy_s'] / load['busy_s'] - 1:+.1%}"
         )
     return start + (
         f"| {load['busy_s'] / load['duration_s']:.0%} | {load['power_w']:.1f} | {load['predicted_power_w']:.1f} "
-        f"| {load['predicted_energy_j'] / measured_j - 1:+.1%} | {measured_j:.0f} | {low_j:.0f} to {high_j:.0f} "
-        f"| {'yes' if low_j <= measured_j <= high_j else 'no'} | {times} |"
+        f"| {load['predicted_energy_j'] / measured_j - 1:+.1%} | {measured_j:.0f} | {ending} |"
     )
 
 
