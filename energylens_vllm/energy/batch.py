@@ -141,9 +141,13 @@ def steps_from_requests(
     Raises EnergyLensError for a negative count or a pair of another shape.
     """
     try:
-        table = np.array(requests, dtype=np.float64).reshape(-1, 2)
-    except (TypeError, ValueError) as error:
-        raise EnergyLensError("requests: every entry must be a pair (num_new_tokens, num_computed_tokens)") from error
+        table = np.array(requests, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.array([np.nan])
+    if not len(requests):
+        table = np.zeros((0, 2))
+    if table.ndim != 2 or table.shape[1] != 2 or not np.all(np.isfinite(table)):
+        raise EnergyLensError("requests: every entry must be a pair (num_new_tokens, num_computed_tokens)")
     if table.size and table.min() < 0:
         raise EnergyLensError(f"requests: negative token count {table.min():.0f}; accepted: zero or more")
     return steps_from_arrays(table[:, 0], table[:, 1], np.array([0, len(table)]), masks, decode)
