@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,8 @@ IDLE_GAP_S = 0.1
 SETTLE_S = 0.5
 #: A counter that advances each 0.1 s is read to 10 % or better over this.
 SHORTEST_WINDOW_S = 1.0
+#: What is read of a .npz file.
+ARRAYS = ("off", "n", "c", "t0", "t2", "phase", "phases", "en")
 
 
 class RecordingError(EnergyLensError):
@@ -106,39 +110,80 @@ def load(path: str | os.PathLike[str]) -> Recording:
     if not file.is_file():
         raise RecordingError(f"recording: no file {os.fspath(path)!r}")
     with file.open("rb") as stream:
-        compressed = zipfile.is_zipfile(stream)
-    recording = _from_npz(file) if compressed else _from_json_lines(file)
-    if not len(recording):
-        raise RecordingError(f"{file}: it has no steps")
-    if recording.new_tokens.min(initial=1) < 1 or recording.computed_tokens.min(initial=0) < 0:
-        raise RecordingError(f"{file}: a request has fewer than 1 new or 0 computed tokens")
+        begins_as_zip = stream.read(2) == b"PK"
+    recording = _from_npz(file) if begins_as_zip or file.suffix == ".npz" else _from_json_lines(file)
+    for what, tokens, least in (("new", recording.new_tokens, 1), ("computed", recording.computed_tokens, 0)):
+        if (wrong := np.flatnonzero(tokens < least)).size:
+            step = np.searchsorted(recording.offsets, wrong[0], side="right") - 1
+            raise RecordingError(
+                f"{file}: a request of step {step} has {tokens[wrong[0]]} {what} tokens; accepted: {least} or more"
+            )
     return recording
 
 
 def _from_npz(file: Path) -> Recording:
-    with np.load(file, allow_pickle=False) as arrays:
-        missing = [name for name in ("off", "n", "c") if name not in arrays]
-        if missing:
-            raise RecordingError(f"{file}: array {missing[0]!r} is missing; needed: off, n, c")
-        offsets = arrays["off"].astype(np.int64)
-        steps = len(offsets) - 1
-        new_tokens, computed_tokens = arrays["n"].astype(np.int64), arrays["c"].astype(np.int64)
-        phase = arrays["phase"].astype(np.int64) if "phase" in arrays else np.zeros(steps, np.int64)
-        start_s, end_s = (
-            arrays[name].astype(float) if name in arrays else np.full(steps, np.nan) for name in ("t0", "t2")
-        )
-        counter = arrays["en"][:, :2] * (1.0, 1e-3) if "en" in arrays else np.empty((0, 2))
-        phases = tuple(str(name) for name in arrays["phases"]) if "phases" in arrays else ("all",)
+    arrays = _arrays(file)
+    offsets, new_tokens, computed_tokens = (_whole_numbers(file, arrays, name) for name in ("off", "n", "c"))
+    steps = len(offsets) - 1
+    if steps < 1:
+        raise RecordingError(f"{file}: it has no steps")
+    phase = _whole_numbers(file, arrays, "phase") if "phase" in arrays else np.zeros(steps, np.int64)
+    phases = tuple(str(name) for name in arrays["phases"]) if "phases" in arrays else ("all",)
+    start_s, end_s = (_seconds(file, arrays, name, steps) for name in ("t0", "t2"))
+    counter = _counter(file, arrays["en"]) if "en" in arrays else np.empty((0, 2))
     lengths = {"off": steps, "phase": len(phase), "t0": len(start_s), "t2": len(end_s)}
     wrong = [name for name, length in lengths.items() if length != steps]
     if wrong:
         raise RecordingError(f"{file}: array {wrong[0]!r} has {lengths[wrong[0]]} steps, 'off' has {steps}")
     end_s[~(end_s > start_s)] = np.nan  # its output was never taken
-    if not len(new_tokens) == len(computed_tokens) == offsets[-1] or np.diff(offsets, prepend=0).min() < 0:
+    divided = offsets[0] == 0 and np.diff(offsets).min() >= 0 and offsets[-1] == len(new_tokens)
+    if not divided or len(new_tokens) != len(computed_tokens):
         raise RecordingError(f"{file}: 'off' does not divide the {len(new_tokens)} 'n' and {len(computed_tokens)} 'c'")
     if phase.min(initial=0) < 0 or phase.max(initial=0) >= len(phases):
         raise RecordingError(f"{file}: 'phase' names phase {phase.max()}, 'phases' has {len(phases)}")
     return Recording(offsets, new_tokens, computed_tokens, phase, phases, start_s, end_s, counter)
+
+
+def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:
+    """All arrays that are read here."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ARRAYS if name in archive}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise RecordingError(f"{file}: cut short or damaged, not a readable .npz file ({error})") from None
+    missing = [name for name in ("off", "n", "c") if name not in arrays]
+    if missing:
+        raise RecordingError(f"{file}: array {missing[0]!r} is missing; needed: off, n, c")
+    return arrays
+
+
+def _whole_numbers(file: Path, arrays: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.int64]:
+    values = arrays[name]
+    whole = values.ndim == 1 and (values.dtype.kind in "iu" or (values.dtype.kind == "f" and _all_whole(values)))
+    if not whole:
+        raise RecordingError(f"{file}: array {name!r} is not one row of whole numbers")
+    return values.astype(np.int64)
+
+
+def _all_whole(values: NDArray[np.generic]) -> bool:
+    numbers = values.astype(np.float64)
+    return bool(np.all(np.isfinite(numbers) & (numbers == np.floor(numbers))))
+
+
+def _seconds(file: Path, arrays: Mapping[str, NDArray[np.generic]], name: str, steps: int) -> NDArray[np.float64]:
+    if name not in arrays:
+        return np.full(steps, np.nan)
+    values = arrays[name]
+    if values.ndim != 1 or values.dtype.kind not in "iuf":
+        raise RecordingError(f"{file}: array {name!r} is not one row of seconds")
+    return values.astype(np.float64)
+
+
+def _counter(file: Path, readings: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Rows of (s, J) from rows of (s, mJ, ...)."""
+    if readings.ndim != 2 or readings.shape[1] < 2 or readings.dtype.kind not in "iuf":
+        raise RecordingError(f"{file}: array 'en' does not hold rows of time and energy")
+    return readings[:, :2].astype(np.float64) * (1.0, 1e-3)
 
 
 def _from_json_lines(file: Path) -> Recording:
@@ -146,13 +191,15 @@ def _from_json_lines(file: Path) -> Recording:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             requests = json.loads(line)["requests"]
-            if not all(len(pair) == 2 and all(type(tokens) is int for tokens in pair) for pair in requests):
+            if not all(type(new) is type(computed) is int and max(new, computed) < 2**62 for new, computed in requests):
                 raise TypeError
         except (ValueError, TypeError, KeyError):
             raise RecordingError(
                 f'{file}, line {number}: not a step; accepted: {{"requests": [[new tokens, computed tokens], ...]}}'
             ) from None
         steps.append(requests)
+    if not steps:
+        raise RecordingError(f"{file}: it has no steps")
     pairs = np.array([pair for step in steps for pair in step], dtype=np.int64).reshape(-1, 2)
     unknown = np.full(len(steps), np.nan)
     return Recording(

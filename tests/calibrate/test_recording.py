@@ -86,7 +86,13 @@ def test_json_lines(tmp_path: Path) -> None:
         ({"t2": np.zeros(3)}, "array 't2' has 3 steps, 'off' has 400"),
         ({"c": np.zeros(3)}, "'off' does not divide the 1600 'n' and 3 'c'"),
         ({"phase": np.full(400, 5)}, "'phase' names phase 5, 'phases' has 2"),
-        ({"n": np.zeros(1600)}, "fewer than 1 new"),
+        ({"n": np.where(np.arange(1600) == 9, -3, 1)}, "request of step 2 has -3 new tokens; accepted: 1 or more"),
+        ({"c": np.where(np.arange(1600) == 9, -3, 1)}, "request of step 2 has -3 computed tokens; accepted: 0 or more"),
+        ({"n": np.full(1600, 1.5)}, "'n' is not one row of whole numbers"),
+        ({"c": np.full(1600, np.nan)}, "'c' is not one row of whole numbers"),
+        ({"off": 4 * np.arange(401) + 4}, "'off' does not divide"),
+        ({"t2": np.array(["now"] * 400)}, "'t2' is not one row of seconds"),
+        ({"en": np.zeros(7)}, "'en' does not hold rows of time and energy"),
         ({"off": np.zeros(1), "n": np.zeros(0), "c": np.zeros(0), "t0": None, "t2": None, "phase": None}, "no steps"),
     ],
 )
@@ -96,7 +102,19 @@ def test_bad_npz_is_refused(tmp_path: Path, changes: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize(
-    "line", ["[[1, 5]]", "{}", '{"requests": [[1]]}', '{"requests": [[1, 0.5]]}', "words", '{"requests": 3}']
+    "line",
+    [
+        "[[1, 5]]",
+        "{}",
+        '{"requests": [[1]]}',
+        '{"requests": [[1, 0.5]]}',
+        '{"requests": [[1, true]]}',
+        '{"requests": [[1, 99999999999999999999]]}',
+        "words",
+        '{"requests": 3}',
+        '{"requests": [[1, 5], [1, ',
+        "\x80",
+    ],
 )
 def test_bad_json_lines_are_refused_by_number(tmp_path: Path, line: str) -> None:
     file = tmp_path / "steps.jsonl"
@@ -108,3 +126,29 @@ def test_bad_json_lines_are_refused_by_number(tmp_path: Path, line: str) -> None
 def test_no_such_file() -> None:
     with pytest.raises(RecordingError, match=r"no file 'nowhere\.npz'"):
         load("nowhere.npz")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, save: Any, kept: float) -> None:
+    file = tmp_path / "steps.npz"
+    save(file, **arrays())
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(RecordingError, match=r"steps\.npz: cut short or damaged"):
+        load(file)
+
+
+def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(RecordingError, match="cut short or damaged"):
+        load(file)
+
+
+def test_a_file_without_steps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "steps.jsonl").write_text("")
+    with pytest.raises(RecordingError, match="it has no steps"):
+        load(tmp_path / "steps.jsonl")
