@@ -4,7 +4,7 @@ A subcommand is a line in `COMMANDS` and a module of its name here with `add_arg
 `run(args) -> exit status`; its module docstring is the description that `--help` shows. Only the chosen subcommand's
 module is imported, so `energylens --help` is quick and a subcommand may need extras that others do not.
 
-Exit status: 0 done, 1 a check or comparison failed, 2 bad input (one line on stderr, as argparse does).
+Exit status: 0 done, 1 a check or comparison failed, 2 bad input (one line on stderr).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from energylens_vllm import __version__
 from energylens_vllm.errors import EnergyLensError
@@ -35,18 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except EnergyLensError as error:
-        print(f"energylens: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of our output left, as in `energylens models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (EnergyLensError, OSError) as error:  # OSError: a file that may not be read, say; it names the file
+        print("energylens: error:", *str(error).split(), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, instead of repeating all of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="energylens", description="Predict, measure and lower the energy of vLLM serving.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"energylens-vllm {__version__}")

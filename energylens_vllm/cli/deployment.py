@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 
-from energylens_vllm.einsum import load_cascade
 from energylens_vllm.energy import Deployment, EnergyModel
 
 # Field of Deployment -> (further options of add_argument, help). The flag is the field's name with dashes.
@@ -73,5 +71,4 @@ def deployment(args: argparse.Namespace) -> Deployment:
 
 def energy_model(args: argparse.Namespace) -> EnergyModel:
     """The energy model of the parsed model and deployment. Raises `EnergyLensError`."""
-    is_cascade = args.model.endswith((".yaml", ".yml"))
-    return EnergyModel(load_cascade(Path(args.model)) if is_cascade else args.model, deployment(args))
+    return EnergyModel(args.model, deployment(args))

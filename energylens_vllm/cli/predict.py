@@ -1,10 +1,14 @@
-"""Predict the time, energy and power of one engine step.
+"""Predict the time, energy and power of one engine step, or of a server under steady load.
 
-The batch is given by its decoding requests, by its prefill chunks, or request by request:
+The batch of a step is given by its decoding requests, by its prefill chunks, or request by request:
 
     energylens predict llama-3.1-8b --decode 64 --context 1000
     energylens predict llama-3.1-70b -tp 4 --decode 64 --prefill 4096
     energylens predict qwen3-30b-a3b --requests '[[1, 100], [512, 2048]]'
+
+A load is given by how many requests are in the server at all times, each replaced when it ends, and their lengths:
+
+    energylens predict llama-3.1-8b --concurrency 64 --prompt-tokens 512 --output-tokens 256
 
 Energies are of all GPUs of the deployment together.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from energylens_vllm.cli.deployment import add_deployment_arguments, add_model_argument, energy_model
@@ -20,7 +25,9 @@ from energylens_vllm.cli.table import percent, quantity, table
 from energylens_vllm.errors import EnergyLensError
 
 if TYPE_CHECKING:
-    from energylens_vllm.energy import StepPrediction
+    from energylens_vllm.energy import ServingPrediction, StepPrediction
+
+_LOAD = ("concurrency", "prompt_tokens", "output_tokens", "prefix_cache_hit_rate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch.add_argument(
         "--requests", metavar="JSON", help="instead: a list of [new tokens, computed tokens], one of each request"
     )
+    load = parser.add_argument_group("load", "instead of a batch")
+    load.add_argument("--concurrency", type=float, metavar="N", help="requests in the server at all times")
+    load.add_argument("--prompt-tokens", type=float, metavar="TOKENS", help="mean length of their prompts")
+    load.add_argument("--output-tokens", type=float, metavar="TOKENS", help="mean length of their outputs")
+    load.add_argument(
+        "--prefix-cache-hit-rate", type=float, metavar="SHARE", help="share of prompt tokens found in the prefix cache"
+        " (default: that of chats)",
+    )  # fmt: skip
     add_deployment_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    if any(getattr(args, name) is not None for name in _LOAD):
+        load = steady(args)
+        print(json.dumps(asdict(load) | {"flags": sorted(load.flags)}) if args.json else load_as_text(load))
+        return 0
     batch = requests(args)
     step = energy_model(args).step(batch)
     print(json.dumps(as_json(step)) if args.json else as_text(step, tokens=sum(new for new, _ in batch)))
@@ -53,13 +72,29 @@ def requests(args: argparse.Namespace) -> list[tuple[int, int]]:
         if args.decode or args.prefill:
             raise EnergyLensError("--requests: give either it or --decode and --prefill, not both")
         return parse_requests(args.requests, "--requests")
-    for flag, value in (("--decode", args.decode), ("--context", args.context)):
-        if value < 0:
-            raise EnergyLensError(f"{flag}: {value} is negative; accepted: 0 or more")
+    counts = [("--decode", args.decode, 0), ("--context", args.context, 0)]
+    for flag, tokens, least in [*counts, *(("--prefill", tokens, 1) for tokens in args.prefill)]:
+        if tokens < least:
+            raise EnergyLensError(f"{flag}: {tokens} is too few; accepted: {least} or more")
     batch = [(1, args.context)] * args.decode + [(tokens, 0) for tokens in args.prefill]
     if not batch:
         raise EnergyLensError("batch: it is empty; give --decode, --prefill or --requests")
     return batch
+
+
+def steady(args: argparse.Namespace) -> ServingPrediction:
+    """The prediction of the load that the flags describe."""
+    if args.decode or args.prefill or args.requests is not None:
+        raise EnergyLensError("batch: give either one (--decode, --prefill, --requests) or a load, not both")
+    for name in _LOAD[:3]:
+        if getattr(args, name) is None:
+            raise EnergyLensError(f"--{name.replace('_', '-')}: it is missing; a load needs it")
+    return energy_model(args).serving(
+        args.concurrency,
+        args.prompt_tokens,
+        args.output_tokens,
+        prefix_cache_hit_rate=args.prefix_cache_hit_rate,
+    )
 
 
 def parse_requests(text: str, field: str) -> list[tuple[int, int]]:
@@ -73,6 +108,11 @@ def parse_requests(text: str, field: str) -> list[tuple[int, int]]:
     )
     if not whole:
         raise EnergyLensError(f"{field}: {text!r}; accepted: [[new, computed], ...] in whole numbers")
+    for new, computed in pairs:
+        if new < 1 or computed < 0:
+            raise EnergyLensError(f"{field}: [{new}, {computed}]; accepted: 1 or more new, 0 or more computed tokens")
+    if not pairs:
+        raise EnergyLensError(f"{field}: it is empty; accepted: [[new, computed], ...]")
     return [(new, computed) for new, computed in pairs]
 
 
@@ -112,6 +152,22 @@ def as_text(step: StepPrediction, tokens: int) -> str:
             ],
         ),
     ]
-    if step.flags:
-        lines.append("flags: " + ", ".join(sorted(step.flags)))
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *_flags(step.flags)])
+
+
+def load_as_text(load: ServingPrediction) -> str:
+    low_j, high_j = (quantity(bound, "J") for bound in load.interval_j)
+    rows = [
+        ["energy per output token", quantity(load.energy_per_output_token_j, "J"), f"{low_j} .. {high_j}"],
+        ["energy per request", quantity(load.energy_per_request_j, "J"), ""],
+        ["of that for prefill", percent(load.prefill_energy_share), ""],
+        ["power", quantity(load.power_w, "W"), ""],
+        ["output tokens per second", f"{load.output_tokens_per_s:.4g}", ""],
+        ["inter-token latency", quantity(load.inter_token_latency_s, "s"), ""],
+        ["time to first token", quantity(load.time_to_first_token_s, "s"), ""],
+    ]
+    return "\n\n".join([table(["", "predicted", "90 % interval"], rows), *_flags(load.flags)])
+
+
+def _flags(flags: frozenset[str]) -> list[str]:
+    return ["flags: " + ", ".join(sorted(flags))] if flags else []

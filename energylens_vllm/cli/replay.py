@@ -2,8 +2,8 @@
 
     energylens replay --config llama-3.1-8b --gpu H200-SXM steps.npz
 
-The recording is a .npz file as benchmarks/record_steps.py writes it, or JSON lines, one step a line, with nothing measured:
-{"requests": [[new tokens, computed tokens], ...]}. Both are described in docs/formats.md.
+The recording is a .npz file as benchmarks/record_steps.py writes it, or JSON lines with nothing measured, one step a
+line: {"requests": [[new tokens, computed tokens], ...]}. Both are described in docs/formats.md.
 
 A phase is scored over the stretch between the first and the last reading of the GPU's energy counter in it, without
 its first half second. Time in which the engine had nothing to run counts as idle power.

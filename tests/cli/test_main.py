@@ -67,7 +67,10 @@ def test_a_wrong_command_line_is_refused_by_argparse(
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -59,17 +59,31 @@ def test_the_table_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(shares) == pytest.approx(200, abs=0.6)  # once by component, once by phase
 
 
+def test_a_load_is_what_the_model_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = EnergyModel("llama-3.1-8b", Deployment()).serving(64, 512, 256, prefix_cache_hit_rate=0.0)
+    flags = ["--concurrency", "64", "--prompt-tokens", "512", "--output-tokens", "256"]
+    load = predict(capsys, *flags, "--prefix-cache-hit-rate", "0")
+    assert load == asdict(expected) | {"interval_j": list(expected.interval_j), "flags": sorted(expected.flags)}
+    assert main(["predict", "llama-3.1-8b", *flags]) == 0
+    assert "flags: prefix_hits_assumed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "batch: it is empty"),
-        (["--decode", "-1"], "--decode: -1 is negative"),
-        (["--decode", "1", "--context", "-5"], "--context: -5 is negative"),
+        (["--decode", "-1"], "--decode: -1 is too few; accepted: 0 or more"),
+        (["--decode", "1", "--context", "-5"], "--context: -5 is too few; accepted: 0 or more"),
         (["--requests", "[[1, 2]]", "--decode", "1"], "--requests: give either it or"),
         (["--requests", "[[1, 2"], "is not JSON"),
         (["--requests", "[[1, 2, 3]]"], "accepted: [[new, computed], ...]"),
-        (["--requests", "[[0, 2]]"], "0"),
-        (["--prefill", "0"], "0"),
+        (["--requests", "[[0, 2]]"], "[0, 2]; accepted: 1 or more new"),
+        (["--requests", "[[1, -2]]"], "[1, -2]; accepted: 1 or more new, 0 or more computed"),
+        (["--requests", "[]"], "--requests: it is empty"),
+        (["--prefill", "5", "0"], "--prefill: 0 is too few; accepted: 1 or more"),
+        (["--concurrency", "8"], "--prompt-tokens: it is missing"),
+        (["--concurrency", "8", "--decode", "2"], "not both"),
+        (["--concurrency", "-8", "--prompt-tokens", "9", "--output-tokens", "9"], "concurrency: -8.0"),
     ],
 )
 def test_bad_batches_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
