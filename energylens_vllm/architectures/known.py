@@ -21,6 +21,13 @@ def known_models() -> list[str]:
     return sorted(path.stem for path in CATALOG.glob("*.json"))
 
 
+def hub_ids(name: str) -> list[str]:
+    """The models of the hub that the catalogue's `name` stands for, the original first."""
+    ids = _read(CATALOG / f"{name}.json")[HUB_IDS]
+    assert isinstance(ids, list)
+    return ids
+
+
 def load_config(source: str | Path | Mapping[str, object]) -> dict[str, object]:
     """A Hugging Face config from a known name ("llama-3.1-8b"), a known hub id ("meta-llama/Llama-3.1-8B", in any
     case), the path of a config.json or of the folder that holds it, or the config itself.
@@ -41,9 +48,8 @@ def load_config(source: str | Path | Mapping[str, object]) -> dict[str, object]:
     if found is None:
         raise ArchitectureError(str(unknown("model", name, known_models(), "Or give the path of a config.json")))
     config = _read(CATALOG / f"{found}.json")
-    ids = config.pop(HUB_IDS)
-    assert isinstance(ids, list)
-    return {"_name_or_path": name if "/" in name else ids[0]} | config
+    del config[HUB_IDS]
+    return {"_name_or_path": name if "/" in name else hub_ids(found)[0]} | config
 
 
 @cache
@@ -51,9 +57,7 @@ def _hub() -> Mapping[str, str]:
     """Lower-case name or hub id -> name in the catalogue."""
     names: dict[str, str] = {}
     for name in known_models():
-        ids = _read(CATALOG / f"{name}.json")[HUB_IDS]
-        assert isinstance(ids, list)
-        names |= {name: name} | {str(each).lower(): name for each in ids}
+        names |= {name: name} | {each.lower(): name for each in hub_ids(name)}
     return names
 
 

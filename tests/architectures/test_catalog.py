@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energylens_vllm.architectures import ArchitectureError, build, known_models, load_config, quantization
-from energylens_vllm.architectures.known import CATALOG, HUB_IDS
+from energylens_vllm.architectures import ArchitectureError, build, hub_ids, known_models, load_config, quantization
 from energylens_vllm.einsum import Mesh, dump_cascade, load_cascade
 from energylens_vllm.energy.precision import QUANTIZATIONS
 
@@ -31,7 +30,7 @@ def test_every_family_has_models() -> None:
 
 
 def test_no_hub_id_is_claimed_twice() -> None:
-    ids = [each.lower() for name in MODELS for each in json.loads((CATALOG / f"{name}.json").read_text())[HUB_IDS]]
+    ids = [each.lower() for name in MODELS for each in hub_ids(name)]
     assert len(ids) == len(set(ids))
     assert all(each.count("/") == 1 for each in ids)
 
