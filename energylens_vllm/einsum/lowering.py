@@ -237,10 +237,15 @@ class _Walk:
                 access = einsum.output
                 amount = self.counter.amount(einsum, access.ranks, exchange.payload)
                 message.add(amount, self.counter.width(access))
-            name = f"{self.block.name}.{self.made[tensors[0]][0]}.{exchange.shape.op}"
-            self.out.append(_collective(name, exchange.shape, message.terms()))
+            self.out.append(_collective(self._name(tensors[0], exchange), exchange.shape, message.terms()))
         for tensor in tensors:
             self.layouts[tensor] = after
+
+    def _name(self, tensor: str, exchange: Exchange) -> str:
+        """After the kernel that made the tensor, and after the tensor where that kernel's have several exchanges."""
+        kernel, op = f"{self.block.name}.{self.made[tensor][0]}", exchange.shape.op
+        taken = any(other.name == f"{kernel}.{op}" for other in self.out)
+        return f"{kernel}.{tensor}.{op}" if taken else f"{kernel}.{op}"
 
     # -- what an einsum does to layouts ---------------------------------------------------------------------------
 
