@@ -1,15 +1,19 @@
-"""The cascade that shows how to write one's own."""
+"""The cascade that shows how to write one's own, and the page about it."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from energylens_vllm import Deployment, EnergyModel
-from energylens_vllm.einsum import Cascade, Mesh, dump_cascade, load_cascade
+from energylens_vllm.einsum import Cascade, EinsumError, Mesh, dump_cascade, load_cascade
 
-PATH = Path(__file__).parents[2] / "examples" / "olmoe-1b-7b.yaml"
+ROOT = Path(__file__).parents[2]
+PATH = ROOT / "examples" / "olmoe-1b-7b.yaml"
+PAGE = (ROOT / "docs" / "einsum.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +52,34 @@ def test_predictions_follow_from_it(source: str | Path | Cascade) -> None:
     assert sum(step.components.values()) == pytest.approx(step.energy_j)
     assert step.components["experts"] > 0
     assert step.components["communication"] > 0
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_page_shows_the_example() -> None:
+    written = set(PATH.read_text().splitlines())
+    shown = [line for text in blocks("yaml") for line in text.splitlines()]
+    assert len(shown) > 20
+    assert [line for line in shown if line not in written] == []
+
+
+def test_the_code_on_the_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    scope: dict[str, Any] = {}
+    complete = [code for code in blocks("python") if code.startswith("from ")]
+    assert len(complete) == 4
+    for code in complete:
+        exec(code, scope)
+    assert load_cascade(capsys.readouterr().out).name == "Qwen3-30B-A3B"
+    assert scope["step"].energy_j > 0
+    assert scope["fused"].parameters() == scope["cascade"].parameters()
+
+
+def test_the_error_on_the_page_is_the_one_that_is_raised() -> None:
+    shown = blocks("text")[0].strip()
+    text = (ROOT / "tests" / "einsum" / "cascades" / "llama-3.1-8b.yaml").read_text()
+    with pytest.raises(EinsumError) as error:
+        load_cascade(text.replace("X[t,d] = H[t,f] * WD[f,d]", "X[t,d] = H[t,f] * WD[e,d]"))
+    assert str(error.value).endswith(shown)
