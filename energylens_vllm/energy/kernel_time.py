@@ -1,87 +1,110 @@
-"""Time of each kernel family in closed form.
-
-Every form is `t = launch + (t_memory^p + t_compute^p)^(1/p)`: a kernel is bound by HBM or by the tensor cores, and the
-p-norm is the soft corner between the two (p is fitted; infinity would be a sharp roofline). Compute terms are for the
-top SM clock; the power module stretches them when the GPU runs slower. All functions take arrays that broadcast and
-return (seconds, seconds of it that scale with 1 / clock).
-"""
+"""From a kernel of a cascade to the form that times it: which of `timing`'s functions, and with what of the kernel."""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from energylens_vllm.einsum.kernel import AttentionShape, Kernel
+from energylens_vllm.energy import timing
+from energylens_vllm.energy.batch import Array
+from energylens_vllm.energy.timing import Timed, roofline
+from energylens_vllm.hardware.profile import GpuProfile
+
+#: Bytes per element of a weight and of the other operand as the tensor cores take them, by format.
+OPERANDS = {
+    "bfloat16": (2.0, 2.0),
+    "fp8": (1.0, 1.0),
+    "fp8_block": (1.0, 1.0),
+    "int8_wo": (1.0, 2.0),
+    "int4_wo": (0.5, 2.0),
+    "mxfp4": (0.53, 2.0),
+}
 
 
-class Timed(NamedTuple):
-    """Seconds of a kernel at the top clock, and how many of them follow the SM clock (d t / d ln(1/clock))."""
+def expert_tile_rows(small_tiles: bool, form: str, tokens: Array, local: int) -> Array:
+    """Rows of a block of the fused-experts kernel for a step of `tokens`, where no tuned configuration is found.
 
-    time_s: Any
-    clocked_s: Any
-
-
-def roofline(memory_s: Any, compute_s: Any, corner: float) -> Timed:
-    """The p-norm of memory and compute time, and its derivative towards a slower clock."""
-    longest = np.maximum(np.maximum(memory_s, compute_s), 1e-12)
-    memory, compute = (memory_s / longest) ** corner, (compute_s / longest) ** corner
-    total = memory + compute
-    time_s = longest * total ** (1 / corner)
-    return Timed(time_s, time_s * compute / total)
+    Source: vLLM, fused_moe.py `get_default_config`: 0.11 took 16 rows up to as many tokens as experts, then 64, and
+    always 64 with block scales; later releases go by the number of tokens.
+    """
+    if not small_tiles:
+        return np.where((tokens <= local) & (not form.startswith("fp8")), 16.0, 64.0)
+    if form == "fp8_block":
+        return np.where(tokens <= 64, 16.0, 64.0)
+    return np.asarray(timing.expert_tile_rows(tokens))
 
 
-#: Rows that one tensor-core tile of a GEMM covers at least (wgmma's M is 64); fewer rows cost as much compute.
-TILE_ROWS = 64
-
-
-# The functions that step.py calls. `p` is a profile: p["name"] is a coefficient. All arrays have one shape.
-
-
-def linear(p: Any, form: str, kernel: Kernel, rows: Any, flops: Any, moved: Any) -> Timed:
+def linear(p: GpuProfile, form: str, kernel: Kernel, rows: Array, flops: Array, moved: Array) -> Timed:
     """One dense GEMM of `rows` rows: `moved` activation bytes and the weights cross HBM."""
-    name = f"linear.{form}"
-    bandwidth = p["memory.bandwidth_bytes_per_s"] * p[f"{name}.memory_efficiency"]
-    peak = p[f"compute.{form}.peak_flops"] * p[f"{name}.compute_efficiency"]
-    tiles = np.maximum(rows, TILE_ROWS) / np.maximum(rows, 1)
-    timed = roofline((kernel.weight_bytes + moved) / bandwidth, flops * tiles / peak, p[f"{name}.corner"])
-    return Timed(timed.time_s + p[f"{name}.launch_s"], timed.clocked_s)
+    assert kernel.gemm is not None
+    weight, operand = OPERANDS[form]
+    return timing.linear(
+        p, form, p.sm_count, rows, kernel.gemm.n * kernel.gemms, kernel.gemm.k, kernel.weight_bytes, moved,
+        input_bytes=operand, bytes_per_weight=weight,
+    )  # fmt: skip
 
 
 def experts(
-    p: Any, form: str, kernel: Kernel, tokens: Any, active: Any, rows: Any, padded_rows: Any, moved: Any
+    p: GpuProfile, form: str, kernel: Kernel, choices: Array, active: Array, padded_rows: Array, moved: Array
 ) -> Timed:
-    """One grouped GEMM of the fused experts: `active` of this GPU's experts see `rows` (token, expert) pairs, padded
-    to `padded_rows` in whole tiles."""
-    name, shape = f"experts.{form}", kernel.experts
+    """One grouped GEMM of the fused experts: of `choices` (token, expert) pairs, this GPU's are padded to `padded_rows`
+    in whole tiles and wake `active` of its experts."""
+    shape, gemm = kernel.experts, kernel.gemm
     assert shape is not None
-    assert kernel.gemm is not None
-    weights = kernel.weight_bytes * active / shape.local
-    per_row = 2.0 * kernel.gemm.n * kernel.gemm.k
-    bandwidth = p["memory.bandwidth_bytes_per_s"] * p[f"{name}.memory_efficiency"]
-    peak = p[f"compute.{form}.peak_flops"] * p[f"{name}.compute_efficiency"]
-    timed = roofline((weights + moved) / bandwidth, per_row * padded_rows / peak, p[f"{name}.corner"])
-    return Timed(timed.time_s + p[f"{name}.launch_s"] + p[f"{name}.token_s"] * tokens, timed.clocked_s)
+    assert gemm is not None
+    name = f"experts.{form}."
+    weight, operand = OPERANDS[form]
+    tile_rows = expert_tile_rows(p.small_expert_tiles, form, choices / shape.selected, shape.local)
+    hbm = p["memory.bandwidth_bytes_per_s"] * p[name + "memory_efficiency"]
+    flops_per_s = p[f"compute.{form}.peak_flops"] * p[name + "compute_efficiency"]
+    memory_s = (kernel.weight_bytes * active / shape.local + moved) / hbm
+    grid = np.where(choices < shape.total, choices, (choices + shape.total * (tile_rows - 1)) / tile_rows)
+    blocks = padded_rows / tile_rows
+    empty = np.maximum(grid - blocks, 0.0) * p[name + "empty_tile_s"]
+    fastest = np.inf
+    for narrow in (True, False):
+        columns = np.where(tile_rows < 128, 64.0 if narrow else 128.0, 128.0 if narrow else 256.0)
+        across = np.ceil(gemm.n / columns)
+        flops = 2.0 * np.maximum(tile_rows, timing.TILE_ROWS) * columns * gemm.k
+        loaded = (tile_rows * operand + columns * weight) * gemm.k
+        block_s = (
+            np.maximum(flops * p.sm_count / flops_per_s, loaded / p[name + "sm_load_bytes_per_s"]) + p[name + "tile_s"]
+        )
+        waves = np.maximum(blocks * across / p.sm_count, np.minimum(blocks, 1.0))
+        fastest = np.minimum(fastest, waves * block_s + empty * across / p.sm_count)
+    timed = roofline(memory_s, fastest, p[name + "corner"])
+    return Timed(timed.time_s + p[name + "launch_s"] + choices * p[name + "row_s"], timed.clocked_s)
 
 
-def elementwise(p: Any, moved: Any) -> Timed:
-    """A kernel that only moves bytes."""
-    bandwidth = p["memory.bandwidth_bytes_per_s"] * p["elementwise.memory_efficiency"]
-    return Timed(p["elementwise.launch_s"] + moved / bandwidth, np.zeros_like(moved))
+def elementwise(p: GpuProfile, moved: Array) -> Timed:
+    return timing.elementwise(p, moved)
 
 
-def attention_decode(p: Any, shape: AttentionShape, sequences: Any, tokens: Any, keys: Any, read: Any) -> Timed:
-    """Decode attention of `sequences` requests with `tokens` new tokens that read `keys` cached ones (`read` bytes)."""
-    bandwidth = p["memory.bandwidth_bytes_per_s"] * p["attention.decode.memory_efficiency"]
-    each = p["attention.decode.sequence_s"] + shape.kv_heads * p["attention.decode.sequence_head_s"]
-    time_s = read / bandwidth + sequences * each + np.where(sequences > 0, p["attention.decode.launch_s"], 0.0)
-    return Timed(time_s, np.zeros_like(time_s))
+def attention_decode(
+    p: GpuProfile, name: str, shape: AttentionShape, sequences: Array, keys: Array, bytes_per_key: float
+) -> Timed:
+    """Decode attention of `sequences` requests that read `keys` cached tokens together; `name` as in `timing`."""
+    return timing.attention_decode(
+        p, name, p.sm_count, sequences, keys, heads=shape.heads, kv_heads=shape.kv_heads, bytes_per_key=bytes_per_key,
+        flops_per_pair=2.0 * shape.heads * (shape.head_dim + shape.value_dim),
+    )  # fmt: skip
 
 
-def attention_prefill(p: Any, shape: AttentionShape, tokens: Any, pairs: Any, pair_flops: float, earlier: Any) -> Timed:
-    """Prefill attention of `tokens` tokens over `pairs` (query, key) pairs of `pair_flops` each; `earlier` bytes of
-    cached keys come from HBM. Whole tiles are computed: on the diagonal half of each 128 x 128 tile is wasted."""
-    peak = p["compute.bfloat16.peak_flops"] * p["attention.prefill.compute_efficiency"]
-    compute_s = (pairs + 64.0 * tokens) * pair_flops / peak
-    time_s = compute_s + np.where(tokens > 0, p["attention.prefill.launch_s"], 0.0)
-    return Timed(time_s, compute_s)
+def attention_prefill(
+    p: GpuProfile,
+    shape: AttentionShape,
+    sequences: Array,
+    tokens: Array,
+    pairs: Array,
+    pair_flops: float,
+    earlier: Array,
+) -> Timed:
+    moved = (
+        tokens
+        * 2.0
+        * (shape.heads * (shape.head_dim + shape.value_dim) + shape.kv_heads * (shape.head_dim + shape.value_dim))
+        + earlier
+    )
+    return timing.attention_prefill(
+        p, p.sm_count, sequences, tokens, pairs, heads=shape.heads, moved_bytes=moved, flops_per_pair=pair_flops
+    )

@@ -14,12 +14,13 @@ import numpy.typing as npt
 from energylens_vllm.architectures import build, load_config
 from energylens_vllm.architectures import quantization as quantization_of
 from energylens_vllm.einsum import Cascade, Kernel, load_cascade
-from energylens_vllm.einsum.kernel import Mask
+from energylens_vllm.einsum.kernel import ExpertShape, Mask
 from energylens_vllm.energy.batch import Array, Steps, steps_from_requests
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.deployment import Deployment
 from energylens_vllm.energy.interval import Uncertainty
-from energylens_vllm.energy.precision import format_of, widths
+from energylens_vllm.energy.kernel_time import expert_tile_rows
+from energylens_vllm.energy.precision import format_of, kernel_format, widths
 from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
 from energylens_vllm.energy.serving import ServingPrediction, serve
 from energylens_vllm.energy.step import COMPONENTS, Evaluated, Exchanged, GpuStep
@@ -88,7 +89,8 @@ class EnergyModel:
         self.quantization = quantization
         self.profile = profile or load_profile(deployment.gpu)
         mesh = deployment.mesh
-        kernels = self.cascade.kernels(widths(deployment.dtype, quantization, deployment.kv_cache_dtype), mesh)
+        element = widths(deployment.dtype, quantization, deployment.kv_cache_dtype)
+        kernels = self.cascade.kernels(element, mesh)
         #: masks of the network's attention, in the order in which `Steps.attention` has to be
         self.masks: tuple[Mask, ...] = tuple(dict.fromkeys(k.attention.mask for k in kernels if k.attention))
         self._collectives = Collectives.load(self.profile.name, self.profile.nvlink)
@@ -101,6 +103,7 @@ class EnergyModel:
                 deployment.capture_sizes,
                 deployment.power_limit_w,
                 deployment.async_scheduling,
+                element.kv_cache,
                 self._loads,
                 self._exchange,
             )
@@ -202,10 +205,11 @@ class EnergyModel:
 
     def _loads(self, kernel: Kernel, tokens: Array) -> RankLoads:
         """Loads of a rank's experts when each data-parallel rank has `tokens` tokens."""
-        shape, deployment = kernel.experts, self.deployment
+        shape = kernel.experts
         assert shape is not None
-        ranks = round(shape.total / shape.local)
-        return _load_table(shape.total, shape.selected, ranks)(tokens * deployment.data_parallel_size)
+        form = kernel_format(format_of(self.quantization), kernel)
+        table = _load_table(shape, form, self.profile.small_expert_tiles)
+        return table(tokens * self.deployment.data_parallel_size)
 
     def _exchange(self, kernel: Kernel, message_bytes: Array) -> Exchanged:
         time_s, energy_j = self._collectives.kernel(kernel, message_bytes)
@@ -213,8 +217,12 @@ class EnergyModel:
 
 
 @cache
-def _load_table(experts: int, selected: int, ranks: int) -> LoadTable:
-    return LoadTable.build(Routing.uniform(experts, selected), Placement.linear(experts, ranks))
+def _load_table(shape: ExpertShape, form: str, small_tiles: bool) -> LoadTable:
+    return LoadTable.build(
+        Routing.uniform(shape.total, shape.selected),
+        Placement.linear(shape.total, round(shape.total / shape.local)),
+        lambda tokens: expert_tile_rows(small_tiles, form, tokens, shape.local),
+    )
 
 
 def _cascade(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from energylens_vllm.einsum.kernel import Widths
+from energylens_vllm.einsum.kernel import Kernel, Widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ _DTYPE_BYTES = {"bfloat16": 2.0, "float16": 2.0, "auto": 2.0, "float32": 4.0}
 def format_of(quantization: str | None) -> Format | None:
     """The format of a vLLM quantization name; None for unquantized."""
     return None if quantization is None else FORMATS[QUANTIZATIONS[quantization]]
+
+
+def kernel_format(form: Format | None, kernel: Kernel) -> str:
+    """The name, as profiles spell it, of the format that a kernel's weights are in."""
+    return form.kernel if kernel.quantized and form is not None else "bfloat16"
 
 
 def widths(dtype: str, quantization: str | None, kv_cache_dtype: str) -> Widths:

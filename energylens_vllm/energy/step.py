@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from energylens_vllm.einsum.kernel import Kernel, Mask, Terms
-from energylens_vllm.energy import kernel_time as timing
+from energylens_vllm.energy import kernel_time
 from energylens_vllm.energy.batch import Array, Attention, Integers, Steps
-from energylens_vllm.energy.kernel_time import Timed
 from energylens_vllm.energy.power import Power, operate
-from energylens_vllm.energy.precision import Format
+from energylens_vllm.energy.precision import Format, kernel_format
 from energylens_vllm.energy.routing_load import RankLoads
+from energylens_vllm.energy.timing import Timed
 from energylens_vllm.hardware.profile import GpuProfile
 
 #: What joules are spent on; those of a step sum to its energy.
@@ -103,11 +103,13 @@ class GpuStep:
         capture_sizes: Sequence[int],
         power_limit_w: float | None = None,
         async_scheduling: bool | None = None,
+        kv_cache_bytes: float = 2.0,
         loads: Callable[[Kernel, Array], RankLoads] | None = None,
         collective: Callable[[Kernel, Array], Exchanged] | None = None,
     ) -> None:
         self.profile, self.form, self.loads, self.collective = profile, form, loads, collective
         self.masks = tuple(masks)
+        self.decode_kernel = "attention.decode" if kv_cache_bytes > 1 else "attention.decode_fp8"
         self.capture_sizes = np.array(sorted(capture_sizes), dtype=np.float64)
         self.attention = [k for k in kernels if k.attention is not None]
         rest = [k for k in kernels if k.attention is None]
@@ -226,7 +228,7 @@ class GpuStep:
             assert kernel.attention is not None
             load = steps.attention[self.masks.index(kernel.attention.mask)]
             if kernel.phase != "decode":
-                prefill_j = prefill_j + self._add_prefill_attention(work, kernel, load, prefill_tokens)
+                prefill_j = prefill_j + self._add_prefill_attention(work, kernel, load, steps)
             if kernel.phase != "prefill":
                 self._add_decode_attention(work, kernel, steps, load)
         for kernel in self.by_keys:  # up-projection of all cached latents (MLA), for prefill
@@ -243,29 +245,25 @@ class GpuStep:
         reached: Array = activation_bytes * activation_bytes / (activation_bytes + cache)
         return reached
 
-    def _format(self, kernel: Kernel) -> str:
-        return self.form.kernel if kernel.quantized and self.form is not None else "bfloat16"
-
     def _add_linear(self, work: Work, kernel: Kernel, rows: Array, flops: Array, activation_bytes: Array) -> None:
-        p, form = self.profile, self._format(kernel)
+        p, form = self.profile, kernel_format(self.form, kernel)
         assert kernel.gemm is not None
         moved = self._hbm(activation_bytes)
-        work.add(kernel.count, timing.linear(p, form, kernel, rows, flops, moved))
+        work.add(kernel.count, kernel_time.linear(p, form, kernel, rows, flops, moved))
         byte_j = p["energy.memory_j_per_byte"]
         work.spend(work.memory_j, "weights", np.where(rows > 0, kernel.count * byte_j * kernel.weight_bytes, 0.0))
         work.spend(work.memory_j, "activations", kernel.count * byte_j * moved)
         work.spend(work.core_j, "linear", kernel.count * p[f"energy.{form}.j_per_flop"] * flops)
 
     def _add_experts(self, work: Work, kernel: Kernel, tokens: Array) -> None:
-        p, form, shape = self.profile, self._format(kernel), kernel.experts
+        p, form, shape = self.profile, kernel_format(self.form, kernel), kernel.experts
         assert shape is not None
         assert self.loads is not None
         loads = self.loads(kernel, tokens)
         moved = self._hbm(per_token(kernel.activation_bytes, tokens))
-        hottest = timing.experts(
-            p, form, kernel, tokens, loads.hottest_active, loads.hottest_rows, loads.hottest_padded_rows, moved
-        )
-        mean = timing.experts(p, form, kernel, tokens, loads.active, loads.rows, loads.padded_rows, moved)
+        choices = loads.rows * shape.total / shape.local  # (token, expert) pairs that the kernel is shown
+        hottest = kernel_time.experts(p, form, kernel, choices, loads.hottest_active, loads.hottest_padded_rows, moved)
+        mean = kernel_time.experts(p, form, kernel, choices, loads.active, loads.padded_rows, moved)
         work.add(kernel.count, hottest)
         work.waiting_s = work.waiting_s + kernel.count * (hottest.time_s - mean.time_s)
         weights = kernel.weight_bytes * loads.active / shape.local
@@ -284,7 +282,7 @@ class GpuStep:
 
     def _add_elementwise(self, work: Work, kernel: Kernel, rows: Array) -> None:
         moved = self._hbm(per_token(kernel.activation_bytes, rows))
-        work.add(kernel.count, timing.elementwise(self.profile, moved))
+        work.add(kernel.count, kernel_time.elementwise(self.profile, moved))
         work.spend(work.memory_j, "activations", kernel.count * self.profile["energy.memory_j_per_byte"] * moved)
 
     def _add_decode_attention(self, work: Work, kernel: Kernel, steps: Steps, load: Attention) -> None:
@@ -293,7 +291,9 @@ class GpuStep:
         read = load.decode_keys * kernel.kv_read_bytes.keys
         work.add(
             kernel.count,
-            timing.attention_decode(p, shape, steps.decode_sequences, steps.decode_tokens, load.decode_keys, read),
+            kernel_time.attention_decode(
+                p, self.decode_kernel, shape, steps.decode_sequences, load.decode_keys, kernel.kv_read_bytes.keys
+            ),
         )
         written = kernel.kv_write_bytes.tokens * steps.decode_tokens
         work.spend(work.memory_j, "kv_cache", kernel.count * p["energy.memory_j_per_byte"] * (read + written))
@@ -302,15 +302,16 @@ class GpuStep:
         flop_j = p["energy.attention.j_per_flop"] * kernel.flops.pairs * packing
         work.spend(work.core_j, "attention", kernel.count * flop_j * load.decode_pairs)
 
-    def _add_prefill_attention(self, work: Work, kernel: Kernel, load: Attention, tokens: Array) -> Array:
+    def _add_prefill_attention(self, work: Work, kernel: Kernel, load: Attention, steps: Steps) -> Array:
         """Add it; returns its joules."""
         p, shape = self.profile, kernel.attention
         assert shape is not None
+        tokens, sequences = steps.tokens - steps.decode_tokens, steps.sequences - steps.decode_sequences
         # A prefill reads its own fresh keys from cache; the keys of earlier chunks come from HBM.
         earlier = np.maximum(load.prefill_keys - tokens, 0.0) * kernel.kv_read_bytes.keys
         work.add(
             kernel.count,
-            timing.attention_prefill(p, shape, tokens, load.prefill_pairs, kernel.flops.pairs, earlier),
+            kernel_time.attention_prefill(p, shape, sequences, tokens, load.prefill_pairs, kernel.flops.pairs, earlier),
         )
         memory_j = kernel.count * p["energy.memory_j_per_byte"] * (earlier + kernel.kv_write_bytes.tokens * tokens)
         core_j = kernel.count * p["energy.attention.j_per_flop"] * kernel.flops.pairs * load.prefill_pairs

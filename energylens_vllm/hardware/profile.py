@@ -32,9 +32,9 @@ class GpuProfile:
     `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
     step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
     this GPU, or only taken from cited constants; `calibrated_formats` which number formats of weights those
-    measurements cover, and `async_scheduling` whether vLLM ran with it in them. `std` holds relative standard
-    deviations of predictions, by quantity ("time" or "energy") and what they are of: "energy.dense.decode", or a flag
-    that widens the interval, "energy.uncalibrated_format".
+    measurements cover, and `vllm_release` which vLLM ran them (its kernels and its host are part of every step). `std`
+    holds relative standard deviations of predictions, by quantity ("time" or "energy") and what they are of:
+    "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
     """
 
     name: str
@@ -43,7 +43,7 @@ class GpuProfile:
     nvlink: bool
     calibrated: bool
     coefficients: Mapping[str, Coefficient]
-    async_scheduling: bool = True
+    vllm_release: str = "0.25.1"
     calibrated_formats: tuple[str, ...] = ("bfloat16",)
     std: Mapping[str, float] = field(default_factory=dict)
 
@@ -55,6 +55,16 @@ class GpuProfile:
 
     def __contains__(self, name: str) -> bool:
         return name in self.coefficients
+
+    @property
+    def async_scheduling(self) -> bool:
+        """Whether vLLM scheduled asynchronously in the measurements: by default from release 0.14 on."""
+        return _release(self.vllm_release) >= (0, 14)
+
+    @property
+    def small_expert_tiles(self) -> bool:
+        """Whether the default tiles of vLLM's fused experts follow the number of tokens (later than 0.11)."""
+        return _release(self.vllm_release) >= (0, 12)
 
     def with_values(self, values: Mapping[str, float], source: str) -> GpuProfile:
         """A copy with some values replaced (a fit, an online correction); `source` says by whom.
@@ -75,7 +85,7 @@ class GpuProfile:
             "sm_count": self.sm_count,
             "nvlink": self.nvlink,
             "calibrated": self.calibrated,
-            "async_scheduling": self.async_scheduling,
+            "vllm_release": self.vllm_release,
             "calibrated_formats": list(self.calibrated_formats),
             "std": dict(self.std),
             "coefficients": {
@@ -106,6 +116,10 @@ def load_profile(gpu: str | os.PathLike[str]) -> GpuProfile:
     return _shipped(text)
 
 
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 @cache
 def _shipped(name: str) -> GpuProfile:
     return _read(PROFILES / f"{name}.json")
@@ -123,7 +137,7 @@ def _read(path: pathlib.Path) -> GpuProfile:
             sm_count=int(raw["sm_count"]),
             nvlink=bool(raw["nvlink"]),
             calibrated=bool(raw["calibrated"]),
-            async_scheduling=bool(raw["async_scheduling"]),
+            vllm_release=str(raw["vllm_release"]),
             calibrated_formats=tuple(str(name) for name in raw["calibrated_formats"]),
             std={str(name): float(value) for name, value in raw["std"].items()},
             coefficients={

@@ -1,0 +1,402 @@
+"""Make the GPU profiles: constants, times of single kernels, then energy and the rest from whole steps.
+
+    python benchmarks/fit_operations.py DATA/aiconfigurator --json OPERATIONS     # once; needs pandas and pyarrow
+    python benchmarks/fit_profiles.py DATA OPERATIONS [--gpu NAME]                # writes hardware/profiles/*.json
+    python benchmarks/accuracy.py DATA OPERATIONS                                 # the errors, fitted and held out
+
+Three sources, each the prior of the next: data sheets and cited constants; kernel times that fit_operations.py fitted;
+measured steps. H200-SXM is fitted on recordings of vLLM 0.25.1 (H200_RUNS); H100-SXM and B200-SXM on steady serving
+runs of the ML.ENERGY Benchmark v3 (vLLM 0.11.1), DATA/mlenergy_v3/calibration.csv, which is not part of this
+repository. A100-SXM-80GB and L40S have no measured steps: their energy is cited, or scaled from the H200's, and wide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from energylens_vllm import Deployment, EnergyModel
+from energylens_vllm.architectures import build, load_config
+from energylens_vllm.calibrate.fit import fit
+from energylens_vllm.calibrate.recording import load
+from energylens_vllm.calibrate.windows import Windows, measured_windows
+from energylens_vllm.energy.batch import Array
+from energylens_vllm.hardware.profile import PROFILES, Coefficient, GpuProfile
+
+RECORDINGS = pathlib.Path(__file__).parents[1] / "tests" / "data" / "h200_vllm"
+#: recording -> (model, quantization) of each run on the H200
+H200_RUNS = {"llama8b": ("llama-3.1-8b", None), "qwen30b": ("qwen3-30b-a3b", None)}
+
+# -- what is known beforehand -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A GPU by its data sheet. `flops` are dense bf16 FLOPs at the top clock: SMs x FLOPs a clock x clock."""
+
+    memory_bytes: float
+    sm_count: int
+    nvlink: bool
+    flops: float
+    fp8_ratio: float
+    bandwidth: float
+    l2_bytes: float
+    limit_w: float
+    idle_w: float  #: before a CUDA context
+    static_w: float  #: with one, at the top clock
+    source: str
+
+
+SHEETS = {
+    "A100-SXM-80GB": Sheet(
+        80e9, 108, True, 108 * 2048 * 1.41e9, 1.0, 2.039e12, 40e6, 400, 55, 80,
+        "NVIDIA A100 data sheet (2021); idle power by clock: GPU power studies cited in docs/profiles.md",
+    ),
+    "H100-SXM": Sheet(
+        80e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 3.35e12, 50e6, 700, 72, 120,
+        "NVIDIA H100 data sheet (2023), 1980 MHz top clock; idle 72 W at 900 MHz and less, 120 W at 1980 MHz",
+    ),
+    "H200-SXM": Sheet(
+        141e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 4.8e12, 50e6, 700, 78, 122,
+        "NVIDIA H200 data sheet (2024), 1980 MHz top clock; idle power measured: 78 W, 122 W with a CUDA context",
+    ),
+    "B200-SXM": Sheet(
+        180e9, 148, True, 148 * 8192 * 1.965e9, 2.0, 8.0e12, 126e6, 1000, 140, 238,
+        "NVIDIA B200 data sheet (2025), 1965 MHz top clock; static power from power-law fits of serving runs",
+    ),
+    "L40S": Sheet(
+        48e9, 142, False, 142 * 1024 * 2.52e9, 2.0, 0.864e12, 96e6, 350, 35, 80,
+        "NVIDIA L40S data sheet (2023); idle power: judgement, +-30 %",
+    ),
+}  # fmt: skip
+
+#: name -> (value, relative std, unit, source) of what no table and no data sheet gives; fits start from these.
+GUESSES = {
+    "power.voltage_floor": (0.45, 0.3, "1", "voltage at the lowest clock over that at the top: fitted on the H200"),
+    "power.limit_share": (0.985, 0.01, "1", "mean power of power-limited windows over the limit, H200 and H100"),
+    "energy.memory_j_per_byte": (118e-12, 0.15, "J/B", "HBM3e read through to the SMs: 103-123 pJ/B, measured"),
+    "energy.memory_core_share": (0.4, 0.4, "1", "share of a byte's energy spent on the GPU die, which follows V^2"),
+    "energy.bfloat16.j_per_flop": (1.1e-12, 0.25, "J/FLOP", "0.4-1.1 pJ at power-limited clocks, at the top clock"),
+    "energy.attention.j_per_flop": (0.9e-12, 0.4, "J/FLOP", "as bf16; P and V in registers"),
+    "experts.padding_energy_share": (0.1, 0.7, "1", "energy of an empty row of a tile over that of a full one"),
+    "attention.decode.tile_rows": (50.0, 0.3, "rows", "rows that a decode tile spends energy on"),
+    "host.step_s": (1e-3, 0.5, "s", "host time of an empty step; hidden behind longer steps"),
+    "host.sequence_s": (3e-6, 0.5, "s", "host time of a decoding request"),
+    "host.prompt_s": (0.4e-3, 0.5, "s", "host time of a request in prefill: input preparation, sampling, output"),
+    "host.launch_s": (48e-6, 0.5, "s", "host time to launch a kernel outside CUDA graphs"),
+    "host.attention_s": (0.2e-3, 0.5, "s", "host time of an attention call outside full CUDA graphs"),
+    "host.experts_s": (0.48e-3, 0.5, "s", "host time of an expert GEMM outside CUDA graphs"),
+    "host.serial_s": (1e-3, 0.5, "s", "host time between steps without asynchronous scheduling"),
+    "host.serial_request_s": (15e-6, 0.5, "s", "of it, for each request"),
+}
+#: energy of a FLOP in a format over that in bf16: multiplier width, and what accumulation and operands cost besides.
+FORMAT_ENERGY = {"fp8": 0.55, "fp8_block": 0.6, "int8_wo": 1.0, "int4_wo": 1.0, "mxfp4": 1.0}
+STD = {
+    "time.uncalibrated_gpu": 0.08, "energy.uncalibrated_gpu": 0.15,
+    "time.uncalibrated_format": 0.06, "energy.uncalibrated_format": 0.08,
+    "time.extrapolated": 0.10, "energy.extrapolated": 0.10,
+    "time.data_parallel_assumed_even": 0.05, "energy.data_parallel_assumed_even": 0.05,
+}  # fmt: skip
+
+
+for _kind in ("dense", "experts"):  # until held-out errors take their place
+    for _phase in ("decode", "prefill"):
+        STD |= {f"time.{_kind}.{_phase}": 0.05, f"energy.{_kind}.{_phase}": 0.05}
+
+
+def prior(gpu: str, operations: pathlib.Path) -> GpuProfile:
+    """What is known of a GPU before any step was measured on it."""
+    sheet = SHEETS[gpu]
+    coefficients = {name: Coefficient(value, std, unit, source) for name, (value, std, unit, source) in GUESSES.items()}
+    for name, value, std, unit in (
+        ("memory.bandwidth_bytes_per_s", sheet.bandwidth, 0.0, "B/s"),
+        ("memory.l2_bytes", sheet.l2_bytes * 0.7, 0.3, "B"),
+        ("compute.bfloat16.peak_flops", sheet.flops, 0.0, "FLOP/s"),
+        ("power.limit_w", sheet.limit_w, 0.0, "W"),
+        ("power.static_w", sheet.static_w, 0.05, "W"),
+        ("power.floor_w", sheet.idle_w, 0.1, "W"),
+    ):
+        coefficients[name] = Coefficient(value, std, unit, sheet.source)
+    bf16 = coefficients["energy.bfloat16.j_per_flop"]
+    for form, share in FORMAT_ENERGY.items():
+        peak = sheet.flops * (sheet.fp8_ratio if form.startswith("fp8") else 1.0)
+        coefficients[f"compute.{form}.peak_flops"] = Coefficient(peak, 0.0, "FLOP/s", sheet.source)
+        coefficients[f"energy.{form}.j_per_flop"] = Coefficient(
+            bf16.value * share, 0.3, "J/FLOP", f"{share} of bf16: judgement, from the operands' width"
+        )
+    for name, given in json.loads((operations / f"{gpu}.json").read_text()).items():
+        coefficients[name] = Coefficient(given["value"], given["std"], given["unit"], given["source"])
+    for form in ("bfloat16", *FORMAT_ENERGY):  # TEMP: layer -> gemm
+        c = coefficients[f"experts.{form}.launch_s"]
+        coefficients[f"experts.{form}.launch_s"] = replace(c, value=max(c.value / 2 - 3e-6, 1e-6))
+        c = coefficients[f"experts.{form}.row_s"]
+        coefficients[f"experts.{form}.row_s"] = replace(c, value=c.value / 2)
+    return GpuProfile(
+        name=gpu, memory_bytes=sheet.memory_bytes, sm_count=sheet.sm_count, nvlink=sheet.nvlink, calibrated=False,
+        coefficients=coefficients, calibrated_formats=(), std=dict(STD),
+    )  # fmt: skip
+
+
+# -- steps recorded on the H200 -----------------------------------------------------------------------------------
+
+#: Coefficients that recorded steps may move, with the relative std of their prior: kernels that run back to back in
+#: CUDA graphs differ a little from replays of one, and energy is measured here first.
+H200_FREE = {
+    "linear.bfloat16.memory_efficiency": 0.05, "linear.bfloat16.compute_efficiency": 0.05,
+    "linear.bfloat16.corner": 0.2, "linear.bfloat16.launch_s": 0.2,
+    "experts.bfloat16.memory_efficiency": 0.1, "experts.bfloat16.compute_efficiency": 0.2,
+    "experts.bfloat16.launch_s": 0.5, "experts.bfloat16.tile_s": 0.5, "experts.bfloat16.sm_load_bytes_per_s": 0.3,
+    "elementwise.launch_s": 0.5, "elementwise.memory_efficiency": 0.3,
+    "attention.decode.memory_efficiency": 0.05, "attention.decode.launch_s": 0.3,
+    "attention.decode.sequence_head_s": 0.3, "attention.decode.tile_rows": 0.5,
+    "attention.prefill.compute_efficiency": 0.1, "memory.l2_bytes": 0.5,
+    "energy.memory_j_per_byte": 0.2, "energy.memory_core_share": 0.5, "energy.bfloat16.j_per_flop": 0.3,
+    "energy.attention.j_per_flop": 0.5, "experts.padding_energy_share": 0.7,
+    "power.static_w": 0.03, "power.voltage_floor": 0.5, "power.limit_share": 0.01, "power.floor_w": 0.2,
+    "host.prompt_s": 0.5, "host.launch_s": 0.5, "host.attention_s": 0.7, "host.experts_s": 0.5,
+}  # fmt: skip
+
+
+class Run:
+    """One recording and its model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model, self.quantization = H200_RUNS[name]
+
+    def energy_model(self, profile: GpuProfile) -> EnergyModel:
+        return EnergyModel(self.model, Deployment(gpu=profile.name, quantization=self.quantization), profile)
+
+    @cached_property
+    def windows(self) -> Windows:
+        kernels = build(load_config(self.model)).kernels()  # not EnergyModel's: the profile may not be made yet
+        masks = list(dict.fromkeys(kernel.attention.mask for kernel in kernels if kernel.attention))
+        return measured_windows(load(RECORDINGS / f"{self.name}_steps.npz"), masks)
+
+    def errors(self, profile: GpuProfile) -> tuple[Array, Array]:
+        """log(predicted / measured) of time and energy of each window."""
+        seconds, joules = self.windows.predict(self.energy_model(profile))
+        return np.log(seconds / self.windows.busy_s), np.log(joules / self.windows.energy_j)
+
+
+def fit_steps(profile: GpuProfile, runs: Sequence[Run]) -> GpuProfile:
+    names = ", ".join(run.name for run in runs)
+    return fit(
+        profile,
+        H200_FREE,
+        lambda trial: np.concatenate([error for run in runs for error in run.errors(trial)]),
+        f"fitted on recorded steps of vLLM 0.25.1 on one H200 ({names}), tests/data/h200_vllm",
+    )
+
+
+# -- steady serving on H100 and B200 (ML.ENERGY Benchmark v3) -----------------------------------------------------
+
+MLENERGY_MODELS = {
+    "3.1-70B": "llama-3.1-70b", "3.1-8B": "llama-3.1-8b", "Qwen3-8B": "qwen3-8b", "Qwen3-14B": "qwen3-14b",
+    "Qwen3-32B": "qwen3-32b", "235B": "qwen3-235b-a22b", "30B-A3B": "qwen3-30b-a3b",
+}  # fmt: skip
+MLENERGY_PROMPT = {"gpqa": 220, "lm-arena-chat": 700}
+MLENERGY_FREE = {
+    "linear.bfloat16.memory_efficiency": 0.05, "linear.bfloat16.compute_efficiency": 0.05,
+    "attention.decode.memory_efficiency": 0.05, "energy.memory_j_per_byte": 0.2, "energy.bfloat16.j_per_flop": 0.1,
+    "energy.attention.j_per_flop": 0.3, "power.static_w": 0.05, "power.voltage_floor": 0.2,
+    "power.limit_share": 0.01, "host.serial_s": 0.7, "host.serial_request_s": 0.7, "host.launch_s": 1.0,
+    "host.attention_s": 1.0, "host.experts_s": 1.0, "host.prompt_s": 1.0,
+    "experts.bfloat16.memory_efficiency": 0.1, "experts.bfloat16.compute_efficiency": 0.2,
+    "experts.bfloat16.launch_s": 0.5, "experts.padding_energy_share": 1.0, "experts.fp8.memory_efficiency": 0.3,
+    "experts.fp8.compute_efficiency": 0.3, "energy.fp8.j_per_flop": 0.3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A steady closed-queue run."""
+
+    series: str
+    gpus: int
+    model: str
+    deployment: Deployment
+    concurrency: int
+    prompt: float
+    output: float
+    context: float
+    energy_j: float  #: of an output token
+    time_s: float  #: mean between a request's tokens
+
+
+def mlenergy_rows(data: pathlib.Path, gpu: str, requests_per_slot: float = 3.0) -> list[Row]:
+    """The rows of one GPU that were stationary, of models that are known here."""
+    rows = []
+    with open(data / "mlenergy_v3" / "calibration.csv") as file:
+        for row in csv.DictReader(file):
+            model = next((name for part, name in MLENERGY_MODELS.items() if part in row["model"]), None)
+            if model is None or f"{row['gpu']}-SXM" != gpu or float(row["requests_per_slot"]) < requests_per_slot:
+                continue
+            quantization = "fp8" if "fp8" in row["model"].lower() else None
+            prompt = MLENERGY_PROMPT[row["task"]]
+            rows.append(
+                Row(
+                    series=f"{row['gpu']} x{row['num_gpus']} {model} {quantization or 'bf16'} {row['task']}",
+                    gpus=int(row["num_gpus"]),
+                    model=model,
+                    deployment=Deployment(
+                        gpu=gpu, tensor_parallel_size=int(row["tp"]), data_parallel_size=int(row["dp"]),
+                        enable_expert_parallel=int(row["ep"]) > 1, quantization=quantization,
+                    ),
+                    concurrency=round(float(row["avg_batch_size"])),
+                    prompt=prompt,
+                    output=float(row["mean_output_tokens"]),
+                    context=prompt + float(row["mean_generated_context_tokens"]),
+                    energy_j=float(row["energy_per_output_token_j"]),
+                    time_s=float(row["derived_mean_time_per_token_s"]),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def row_errors(rows: Sequence[Row], profile: GpuProfile) -> tuple[Array, Array]:
+    """log(predicted / measured) of time and energy of an output token of each row."""
+    models: dict[Any, EnergyModel] = {}
+    errors = []
+    for row in rows:
+        key = (row.model, row.deployment)
+        if key not in models:
+            models[key] = EnergyModel(row.model, row.deployment, profile)
+        load_ = models[key].serving(row.concurrency, row.prompt, row.output, row.context)
+        errors.append(
+            (
+                np.log(load_.inter_token_latency_s / row.time_s),
+                np.log(load_.energy_per_output_token_j / row.energy_j),
+            )
+        )
+    times, energies = np.array(errors).T
+    return times, energies
+
+
+def fit_serving(profile: GpuProfile, rows: Sequence[Row]) -> GpuProfile:
+    return fit(
+        profile,
+        MLENERGY_FREE,
+        lambda trial: np.concatenate(row_errors(rows, trial)),
+        "fitted on serving runs of the ML.ENERGY Benchmark v3 (Chung et al., NeurIPS 2025 D&B, arXiv 2505.06371; "
+        f"Apache-2.0), vLLM 0.11.1, {len(rows)} rows",
+    )
+
+
+# -- the profiles -------------------------------------------------------------------------------------------------
+
+#: Energy and host coefficients that GPUs without recorded steps take over from the H200's fit.
+TRANSFERRED = (
+    "energy.memory_core_share", "energy.bfloat16.j_per_flop", "energy.attention.j_per_flop", "power.voltage_floor",
+    "power.limit_share", "experts.padding_energy_share", "attention.decode.tile_rows", "host.prompt_s", "host.launch_s",
+    "host.attention_s", "host.experts_s", "elementwise.launch_s", "elementwise.memory_efficiency",
+)  # fmt: skip
+
+
+def half_width_std(errors: Array) -> float:
+    """The relative std of a normal distribution of which 90 % lies within what 90 % of the errors do."""
+    return round(max(float(np.quantile(np.abs(errors), 0.9)) / 1.645, 0.015), 4)
+
+
+def held_out_steps(start: GpuProfile, runs: Sequence[Run]) -> dict[str, tuple[Array, Array]]:
+    """(time, energy) errors of each run, predicted from a fit on the others."""
+    return {run.name: run.errors(fit_steps(start, [other for other in runs if other is not run])) for run in runs}
+
+
+def held_out_rows(start: GpuProfile, rows: Sequence[Row]) -> dict[str, tuple[Array, Array]]:
+    """(time, energy) errors of each series of rows, predicted from a fit on the other series."""
+    found = {}
+    for series in dict.fromkeys(row.series for row in rows):
+        rest = [row for row in rows if row.series != series]
+        found[series] = row_errors([row for row in rows if row.series == series], fit_serving(start, rest))
+    return found
+
+
+def h200(operations: pathlib.Path) -> GpuProfile:
+    runs = [Run(name) for name in H200_RUNS]
+    start = prior("H200-SXM", operations)
+    fitted = fit_steps(start, runs)
+    # The tables of experts were taken at the power limit (as those of GEMMs: docs/profiles.md), steps tell by how much.
+    ratio = fitted["experts.bfloat16.compute_efficiency"] / start["experts.bfloat16.compute_efficiency"]
+    fitted = fitted.with_values(
+        {
+            name: fitted[name] * ratio
+            for name in ("experts.fp8.compute_efficiency", "experts.fp8_block.compute_efficiency")
+        },
+        f"{start.coefficients['experts.fp8.compute_efficiency'].source}; times {ratio:.2f}, as bf16's from table to steps",
+    )
+    std = dict(STD)
+    for run in runs:
+        kind = "experts" if any(kernel.experts for kernel in run.energy_model(fitted).cascade.kernels()) else "dense"
+        errors = dict(zip(("time", "energy"), held_out_steps(start, runs)[run.name], strict=True))
+        for phase in ("decode", "prefill"):
+            of_phase = np.array([name.startswith(phase) for name in run.windows.names])
+            for quantity, error in errors.items():
+                std[f"{quantity}.{kind}.{phase}"] = half_width_std(error[of_phase])
+    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16",), std=std)
+
+
+def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProfile:
+    """The prior of a GPU with the energies and host times that were fitted on another."""
+    start = prior(gpu, operations)
+    source = f"fitted on the {known.name}, not measured on this GPU"
+    values = {name: known[name] for name in TRANSFERRED}
+    start = start.with_values(values, source)
+    energies = {
+        f"energy.{form}.j_per_flop": known["energy.bfloat16.j_per_flop"] * share
+        for form, share in FORMAT_ENERGY.items()
+    }
+    return start.with_values(energies, f"{source}; scaled from bf16 by the operands' width")
+
+
+def served(known: GpuProfile, gpu: str, operations: pathlib.Path, data: pathlib.Path) -> GpuProfile:
+    rows = mlenergy_rows(data, gpu)
+    start = start_from(known, gpu, operations)
+    fitted = fit_serving(start, rows)
+    std = dict(STD)
+    held_out = held_out_rows(start, rows)
+    for kind in ("dense", "experts"):
+        chosen = [errors for series, errors in held_out.items() if ("-a" in series) == (kind == "experts")]
+        for quantity, errors in zip(("time", "energy"), zip(*chosen, strict=True), strict=True):
+            for phase in ("decode", "prefill"):
+                std[f"{quantity}.{kind}.{phase}"] = half_width_std(np.concatenate(errors))
+    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16",), vllm_release="0.11.1", std=std)
+
+
+def unmeasured(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProfile:
+    """A GPU whose steps nobody measured here: the intervals of the H200's and, with the flag, much wider ones."""
+    start = start_from(known, gpu, operations)
+    return replace(start, std=known.std)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=pathlib.Path, help="folder with mlenergy_v3/calibration.csv")
+    parser.add_argument("operations", type=pathlib.Path, help="folder that fit_operations.py --json wrote")
+    parser.add_argument("--gpu", choices=sorted(SHEETS), help="only this one (the H200's is fitted all the same)")
+    args = parser.parse_args()
+    known = h200(args.operations)
+    made = {
+        "H200-SXM": lambda: known,
+        "H100-SXM": lambda: served(known, "H100-SXM", args.operations, args.data),
+        "B200-SXM": lambda: served(known, "B200-SXM", args.operations, args.data),
+        "A100-SXM-80GB": lambda: unmeasured(known, "A100-SXM-80GB", args.operations),
+        "L40S": lambda: unmeasured(known, "L40S", args.operations),
+    }
+    for gpu, make in made.items():
+        if args.gpu in (None, gpu):
+            path = PROFILES / f"{gpu}.json"
+            path.write_text(json.dumps(make().to_json(), indent=1) + "\n")
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
