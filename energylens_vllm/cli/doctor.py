@@ -1,7 +1,10 @@
-"""Check this machine: vLLM and its version, the plugin, the settings, NVML, the GPUs and their profiles.
+"""Check this machine: vLLM and its version, the plugin, its settings, NVML, the GPUs, their profiles, and a model.
 
-Exit status 0 if the plugin will work as it is set up here, 1 if something has to be mended first. A warning (no GPU, a
-GPU that no profile describes) does not change the exit status: predictions are then for another GPU, and say so.
+    energylens doctor
+    energylens doctor Qwen/Qwen3-8B
+
+Exit status 0 if the plugin will work as it is set up here, 1 if something has to be mended first. A warning (no vLLM,
+no GPU, a GPU that no profile describes) does not change it. What to do about each stands under the table.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from energylens_vllm import __version__
-from energylens_vllm.cli.table import table
+from energylens_vllm.architectures import known_models
+from energylens_vllm.cli.table import quantity, table
+from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware import load_profile
 from energylens_vllm.serving import settings
@@ -30,107 +35,177 @@ PLUGIN = "energylens"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, how it is, and what to know or do about it."""
+    """What was looked at, how it is, and what to do about it, if anything."""
 
     name: str
     status: Literal["ok", "warning", "failed"]
     detail: str
+    advice: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="also check that this model can be predicted: a name (see `energylens models`), or the path of its "
+        "config.json or of a cascade in YAML",
+    )
     parser.add_argument("--json", action="store_true", help="print the checks as a JSON list")
 
 
 def run(args: argparse.Namespace) -> int:
-    checks = [check for look in LOOKS for check in look()]
+    checks = list(look(args.model))
     if args.json:
-        print(json.dumps([{"name": c.name, "status": c.status, "detail": c.detail} for c in checks]))
+        print(json.dumps([asdict(check) for check in checks]))
     else:
         print(table(["check", "status", "detail"], [(c.name, c.status, c.detail) for c in checks], left=3))
+        advice = [f"{check.name}: {check.advice}" for check in checks if check.advice]
+        if advice:
+            print("\nWhat to do:\n" + "\n".join(f"- {line}" for line in advice))
     return 1 if any(check.status == "failed" for check in checks) else 0
 
 
-def versions() -> list[Check]:
-    return [Check("energylens-vllm", "ok", f"{__version__}, Python {platform.python_version()}")]
+def look(name: str | None) -> Iterator[Check]:
+    """All checks, in the order in which one would mend what fails; `name` is the model's."""
+    yield Check("energylens-vllm", "ok", f"{__version__}, Python {platform.python_version()}")
+    yield vllm()
+    yield plugin()
+    yield settings_in_environment()
+    with Machine() as machine:
+        yield machine.nvml()
+        products = []
+        for index in range(machine.count):
+            product, check = machine.gpu(index)
+            products.append(product)
+            yield check
+    yield profile(products)
+    yield model(name)
 
 
-def vllm() -> list[Check]:
+def vllm() -> Check:
+    oldest, untried = (".".join(map(str, bound)) for bound in (OLDEST_VLLM, FIRST_UNTRIED_VLLM))
+    install = f"pip install 'vllm>={oldest},<{untried}'"
     try:
         version = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        return [Check("vLLM", "warning", "not installed: there is nothing to plug into, the other commands work")]
+        return Check("vLLM", "warning", "not installed: there is nothing to plug into", f"to serve, {install}; the "
+                     "other commands work without. On a machine without a GPU `bash examples/serve.sh` sets up the "
+                     "CPU build.")  # fmt: skip
     release = tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
     if OLDEST_VLLM <= release < FIRST_UNTRIED_VLLM:
-        return [Check("vLLM", "ok", version)]
-    oldest, untried = (".".join(map(str, bound)) for bound in (OLDEST_VLLM, FIRST_UNTRIED_VLLM))
-    status: Literal["failed", "warning"] = "failed" if release < OLDEST_VLLM else "warning"
-    return [Check("vLLM", status, f"{version}; tested with {oldest} to before {untried}")]
+        return Check("vLLM", "ok", version)
+    if release < OLDEST_VLLM:
+        return Check("vLLM", "failed", f"{version} is older than {oldest}", install)
+    return Check("vLLM", "warning", f"{version} is newer than what was tried", f"if it misbehaves, {install}")
 
 
-def plugin() -> list[Check]:
+def plugin() -> Check:
     """As vLLM finds it: entry points by name, over all groups filtered by VLLM_PLUGINS."""
     found = [point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == PLUGIN]
     if not found:
-        return [Check("plugin", "failed", "vLLM cannot find it: install the package (pip install energylens-vllm)")]
+        return Check("plugin", "failed", "vLLM cannot find it", "install the package where vLLM is: pip install .")
     chosen = os.environ.get("VLLM_PLUGINS")
     if chosen is not None and PLUGIN not in [name.strip() for name in chosen.split(",")]:
-        return [Check("plugin", "failed", f"VLLM_PLUGINS={chosen!r} leaves it out; add {PLUGIN}")]
+        add = ",".join(filter(None, [chosen, PLUGIN]))
+        return Check("plugin", "failed", f"VLLM_PLUGINS={chosen!r} leaves it out", f"export VLLM_PLUGINS='{add}'")
     try:
         found[0].load()
     except Exception as error:
-        return [Check("plugin", "failed", f"{found[0].value} does not load: {type(error).__name__}: {error}")]
-    return [Check("plugin", "ok", f"vLLM finds it as {found[0].value}")]
+        problem = f"{found[0].value} does not load: {type(error).__name__}: {error}"
+        return Check("plugin", "failed", problem, "install the package again: pip install --force-reinstall .")
+    return Check("plugin", "ok", f"vLLM finds it as {found[0].value}")
 
 
-def settings_in_environment() -> list[Check]:
+def settings_in_environment() -> Check:
     try:
         chosen = settings.load()
         if chosen.gpu is not None:
             load_profile(chosen.gpu)
     except EnergyLensError as error:
-        return [Check("settings", "failed", str(error))]
+        return Check("settings", "failed", str(error), "correct or unset that variable; docs/settings.md has them all")
     if not chosen.enabled:
-        return [Check("settings", "failed", "enabled is false: the plugin will do nothing")]
+        return Check("settings", "failed", "enabled is false: the plugin will do nothing", "unset ENERGYLENS_ENABLED")
     default = settings.Settings()
     changed = {name: getattr(chosen, name) for name, *_ in settings.table()}
     changed = {name: value for name, value in changed.items() if value != getattr(default, name)}
-    return [Check("settings", "ok", ", ".join(f"{name}={value!r}" for name, value in changed.items()) or "defaults")]
+    return Check("settings", "ok", ", ".join(f"{name}={value!r}" for name, value in changed.items()) or "defaults")
 
 
-def gpus() -> list[Check]:
-    """NVML, then each GPU: its profile, its energy counter, MIG."""
-    reference = f"predictions will be for {REFERENCE_GPU} and flagged reference_gpu"
+class Machine:
+    """NVML while it is in use; `count` is the number of GPUs, 0 without NVML."""
+
+    def __init__(self) -> None:
+        self.problem, self.count, self.driver = "", 0, ""
+        try:
+            self._nvml: Any = importlib.import_module("pynvml")
+            self._nvml.nvmlInit()
+        except Exception as error:  # no driver, no library, no permission: NVML has an exception for each
+            self.problem = str(error)
+            return
+        self.driver, self.count = _text(self._nvml.nvmlSystemGetDriverVersion()), self._nvml.nvmlDeviceGetCount()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.problem:
+            self._nvml.nvmlShutdown()
+
+    def nvml(self) -> Check:
+        advice = "if there is an NVIDIA GPU, install its driver, or let the container see it (docker run --gpus all)"
+        if self.problem:
+            return Check("NVML", "warning", f"{self.problem}: no GPU is found", advice)
+        found = f"driver {self.driver}, {self.count} GPU{'s' * (self.count != 1)}"
+        return Check("NVML", "ok", found) if self.count else Check("NVML", "warning", found, advice)
+
+    def gpu(self, index: int) -> tuple[str, Check]:
+        """The product's name, and whether its energy can be measured."""
+        name, nvml = f"GPU {index}", self._nvml
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            product = _text(nvml.nvmlDeviceGetName(handle))
+            if _attempt(lambda: nvml.nvmlDeviceGetMigMode(handle)[0]) == nvml.NVML_DEVICE_MIG_ENABLE:
+                return product, Check(name, "failed", f"{product} in MIG mode: its energy cannot be told apart by "
+                                      "instance", f"nvidia-smi -i {index} -mig 0, or another GPU")  # fmt: skip
+            counter = _attempt(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) is not None
+        except Exception as error:
+            return "", Check(name, "failed", f"NVML: {error}", "nvidia-smi says more of what is wrong with it")
+        if not counter:
+            return product, Check(name, "warning", f"{product}, no energy counter: power readings are integrated")
+        return product, Check(name, "ok", f"{product}, energy counter")
+
+
+def profile(products: list[str]) -> Check:
+    """What the plugin predicts for here, by the setting, by the first of the GPUs, or for want of either."""
+    choose = "set ENERGYLENS_GPU to the GPU that you mean (see `energylens gpus`)"
     try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception as error:  # no driver, no library, no permission: NVML has an exception for each
-        return [Check("NVML", "warning", f"{error}: no GPU is measured; without the setting gpu, {reference}")]
+        chosen = settings.load().gpu
+    except EnergyLensError:
+        chosen = None  # reported with the settings
+    detected = gpu_of(products[0]) if products else None
+    name = chosen or detected or REFERENCE_GPU
     try:
-        driver, count = _text(nvml.nvmlSystemGetDriverVersion()), nvml.nvmlDeviceGetCount()
-        found = Check("NVML", "ok" if count else "warning", f"driver {driver}, {count} GPU{'s' * (count != 1)}")
-        return [found, *(_gpu(nvml, index, reference) for index in range(count))]
-    finally:
-        nvml.nvmlShutdown()
+        energy = "" if load_profile(name).calibrated else ", energy from cited constants: intervals are wide"
+    except EnergyLensError as error:
+        return Check("profile", "failed", str(error), choose)
+    if chosen or detected:
+        return Check("profile", "ok", f"{name} ({'as set' if chosen else 'as found'}){energy}")
+    why = f"none describes {products[0]}" if products and products[0] else "no GPU is found"
+    return Check("profile", "warning", f"{name}, because {why}; its steps are flagged reference_gpu", choose)
 
 
-def _gpu(nvml: Any, index: int, reference: str) -> Check:
-    name = f"GPU {index}"
+def model(name: str | None) -> Check:
+    """Whether the model can be predicted; without a name, how many are known."""
+    if name is None:
+        return Check("model", "ok", f"{len(known_models())} known by name; `energylens doctor MODEL` checks one")
     try:
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        product = _text(nvml.nvmlDeviceGetName(handle))
-        if _attempt(lambda: nvml.nvmlDeviceGetMigMode(handle)[0]) == nvml.NVML_DEVICE_MIG_ENABLE:
-            return Check(name, "failed", f"{product} in MIG mode: its energy cannot be told apart by instance")
-        profile = gpu_of(product)
-        counter = _attempt(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) is not None
-    except Exception as error:
-        return Check(name, "failed", f"NVML: {error}")
-    measured = "energy counter" if counter else "no energy counter: power readings are integrated"
-    if profile is None:
-        return Check(
-            name, "warning", f"{product}, {measured}; no profile: {reference}, unless the setting gpu says which"
-        )
-    energy = "calibrated" if load_profile(profile).calibrated else "energy from cited constants, not calibrated"
-    return Check(name, "ok" if counter else "warning", f"{product}, {measured}, profile {profile} ({energy})")
+        built = EnergyModel(name, Deployment())
+    except EnergyLensError as error:
+        return Check("model", "failed", str(error), "`energylens models` lists names; of another model of a known "
+                     "family give the path of its config.json; docs/einsum.md says how to write any other")  # fmt: skip
+    parameters = quantity(built.cascade.parameters(), "").replace("G", "B").strip()
+    return Check("model", "ok", f"{name}: {parameters} parameters, {built.quantization or 'not quantized'}")
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
@@ -143,6 +218,3 @@ def _attempt(read: Callable[[], Any]) -> Any:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-LOOKS: tuple[Callable[[], list[Check]], ...] = (versions, vllm, plugin, settings_in_environment, gpus)

@@ -68,7 +68,7 @@ def test_vllm_and_the_plugin_are_found_here(capsys: pytest.CaptureFixture[str]) 
     assert status == 0, found
     assert found["vLLM"]["status"] == "ok"
     assert found["plugin"]["status"] == "ok"
-    assert found["settings"] == {"name": "settings", "status": "ok", "detail": "defaults"}
+    assert found["settings"] == {"name": "settings", "status": "ok", "detail": "defaults", "advice": ""}
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,20 @@ def test_vllm_and_the_plugin_are_found_here(capsys: pytest.CaptureFixture[str]) 
 )
 def test_vllm_versions(monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    (check,) = doctor.vllm()
+    check = doctor.vllm()
     assert check.status == status
     assert version in check.detail
+    assert ("pip install 'vllm>=0.25.1,<0.34'" in check.advice) == (status != "ok")
+
+
+def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    check = doctor.vllm()
+    assert check.status == "warning"
+    assert "pip install 'vllm>=0.25.1,<0.34'" in check.advice
 
 
 @pytest.mark.parametrize(
@@ -100,30 +111,59 @@ def test_what_stops_the_plugin_fails(
     assert status == 1
     assert found[check]["status"] == "failed"
     assert message in found[check]["detail"]
+    assert found[check]["advice"]
 
 
 def test_plugins_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "lora, energylens")
-    (check,) = doctor.plugin()
-    assert check.status == "ok"
+    assert doctor.plugin().status == "ok"
+    monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    assert doctor.plugin().advice == "export VLLM_PLUGINS='lora,energylens'"
 
 
 @pytest.mark.parametrize(
-    ("machine", "statuses", "words"),
+    ("machine", "found"),
     [
-        (nvml("NVIDIA H200"), ["ok", "ok"], "profile H200-SXM (calibrated)"),
-        (nvml("NVIDIA L40S"), ["ok", "ok"], "profile L40S (energy from cited constants"),
-        (nvml("NVIDIA GeForce RTX 3060"), ["ok", "warning"], "no profile"),
-        (nvml("NVIDIA H200", counter=False), ["ok", "warning"], "power readings are integrated"),
-        (nvml("NVIDIA H200", mig=True), ["ok", "failed"], "MIG"),
-        (nvml(), ["warning"], "0 GPUs"),
+        (nvml("NVIDIA H200"), {"GPU 0": ("ok", "energy counter"), "profile": ("ok", "H200-SXM (as found)")}),
+        (nvml("NVIDIA L40S"), {"GPU 0": ("ok", "energy counter"), "profile": ("ok", "L40S (as found)")}),
+        (
+            nvml("NVIDIA GeForce RTX 3060"),
+            {"GPU 0": ("ok", "RTX 3060"), "profile": ("warning", "H200-SXM, because none describes NVIDIA GeForce")},
+        ),
+        (nvml("NVIDIA H200", counter=False), {"GPU 0": ("warning", "power readings are integrated")}),
+        (nvml("NVIDIA H200", "NVIDIA H200", mig=True), {"GPU 0": ("failed", "MIG"), "GPU 1": ("failed", "MIG")}),
+        (nvml(), {"NVML": ("warning", "0 GPUs"), "profile": ("warning", "because no GPU is found")}),
+        (None, {"NVML": ("warning", "no GPU is found"), "profile": ("warning", "flagged reference_gpu")}),
     ],
 )
-def test_gpus(monkeypatch: pytest.MonkeyPatch, machine: Any, statuses: list[str], words: str) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", machine)
-    found = doctor.gpus()
-    assert [check.status for check in found] == statuses
-    assert words in found[-1].detail
+def test_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], machine: Any, found: dict[str, tuple[str, str]]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", machine)  # None: it cannot be imported
+    status, made = checks(capsys)
+    assert {name: made[name]["status"] for name in found} == {name: status for name, (status, _) in found.items()}
+    assert all(words in made[name]["detail"] for name, (_, words) in found.items())
+    assert all(check["advice"] for check in made.values() if check["status"] == "failed")
+    assert status == (1 if any(check["status"] == "failed" for check in made.values()) else 0)
+
+
+def test_the_setting_says_which_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENERGYLENS_GPU", "H100-SXM")
+    assert doctor.profile(["NVIDIA H200"]).detail.startswith("H100-SXM (as set)")
+
+
+def test_a_model_that_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.model(None).status == "ok"
+    assert main(["doctor", "Qwen/Qwen3-8B"]) == 0
+    assert "model            ok       Qwen/Qwen3-8B: 8.19 B parameters, not quantized" in capsys.readouterr().out
+    assert doctor.model(str(ROOT / "tests" / "einsum" / "cascades" / "llama-3.1-8b.yaml")).status == "ok"
+
+
+def test_a_model_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "llama-3.2-8b"]) == 1
+    out = capsys.readouterr().out
+    assert "model            failed" in out
+    assert "- model: `energylens models` lists names" in out
 
 
 def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
