@@ -26,6 +26,7 @@ class Exporter:
 
     def __init__(self, model_name: str, engines: Iterable[int], registry: CollectorRegistry = REGISTRY) -> None:
         self._model_name = model_name
+        self._registry = registry
         self._collectors = {metric.name: _collector(metric, registry) for metric in METRICS}
         self._children: dict[tuple[int, str, tuple[str, ...]], Collector] = {}
         self._series: dict[int, int] = {}
@@ -42,6 +43,8 @@ class Exporter:
 
     def export(self, engine: int, reports: Sequence[Report]) -> None:
         """Add the reports of an engine. What cannot be exported is counted and left out; nothing is raised."""
+        with self._guard.at("export"):
+            self._register_again()
         for report in reports:
             for name, labels, value in report.get("add", ()):
                 with self._guard.at("export"):
@@ -54,8 +57,28 @@ class Exporter:
                     histogram = self._histogram(engine, name, tuple(labels))
                     for value in values:
                         histogram.observe(value)
+        self._count_failures(engine)
+
+    def refuse(self, engine: int, problem: str) -> None:
+        """Count that something came from an engine which cannot be a report."""
+        with self._guard.at("export"):
+            raise EnergyLensError(problem)
+        self._count_failures(engine)
+
+    def _count_failures(self, engine: int) -> None:
         for place, failures in self._guard.take():
             self._counter(engine, FAILURES, (place,)).inc(failures)
+
+    def _register_again(self) -> None:
+        """If somebody has emptied the registry, have it show our metrics again, whose values go on."""
+        try:
+            self._registry.register(self._collectors[FAILURES])
+        except ValueError:  # it is there, as it should be
+            return
+        for name, collector in self._collectors.items():
+            if name != FAILURES:
+                self._registry.register(collector)
+        raise EnergyLensError("the metrics had been removed from the registry; they are there again")
 
     def _counter(self, engine: int, name: str, labels: tuple[str, ...]) -> Counter:
         child = self._child(engine, name, labels)

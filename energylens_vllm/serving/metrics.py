@@ -42,7 +42,7 @@ FLAGS = (
     "other",
 )
 #: where the plugin can fail without harm to serving
-PLACES = ("schedule", "update", "read", "predict", "listen", "report", "export")
+PLACES = ("start", "schedule", "update", "read", "predict", "listen", "report", "export")
 PREDICTOR_STATES = ("ready", "model_unknown", "failed")
 
 

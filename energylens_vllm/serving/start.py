@@ -41,8 +41,13 @@ class Started:
     predictor: Predictor | None
     state: str  #: one of `metrics.PREDICTOR_STATES`
     problem: str
-    info: Mapping[str, str]  #: labels of energylens_profile_info, in their order
+    info: Mapping[str, str]  #: labels of energylens_profile_info, in their order; none if it is not known
     flags: frozenset[str]
+
+
+def failed(problem: str) -> Started:
+    """What there is when something is wrong before the engine is known."""
+    return Started(None, "failed", problem, {}, NONE)
 
 
 def gpu_of(device_name: str) -> str | None:

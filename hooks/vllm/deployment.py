@@ -19,7 +19,7 @@ def describe(vllm_config: Any) -> Engine:
         flags.add("draft_model_not_modelled")
     if vllm_config.kv_transfer_config is not None:
         flags.add("kv_transfer_not_modelled")
-    config = model.hf_config.to_dict()
+    config, device_name = model.hf_config.to_dict(), _device_name()
     return Engine(
         config=config,
         deployment={
@@ -34,10 +34,11 @@ def describe(vllm_config: Any) -> Engine:
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
             "max_num_seqs": scheduler.max_num_seqs,
             "enforce_eager": model.enforce_eager,
-            "async_scheduling": scheduler.async_scheduling,
+            # vLLM's CPU platform switches it off, which says nothing of the GPU that is predicted for there.
+            "async_scheduling": scheduler.async_scheduling if device_name else None,
             "cudagraph_capture_sizes": _capture_sizes(compilation),
         },
-        device_name=_device_name(),
+        device_name=device_name,
         quantization=model.quantization,
         flags=frozenset(flags),
     )

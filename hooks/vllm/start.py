@@ -12,7 +12,7 @@ from energylens_vllm.hooks.vllm.deployment import describe
 from energylens_vllm.serving import settings
 from energylens_vllm.serving.metrics import PREDICTOR_STATES
 from energylens_vllm.serving.observer import StepObserver
-from energylens_vllm.serving.start import Started, start_predictor
+from energylens_vllm.serving.start import Started, failed, start_predictor
 
 logger = logging.getLogger("energylens_vllm")
 
@@ -24,13 +24,19 @@ def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
     """
     log.follow_vllm()
     try:
-        chosen = settings.load(vllm_config.additional_config)
+        try:
+            chosen, started = settings.load(vllm_config.additional_config), None
+        except EnergyLensError as error:
+            chosen, started = settings.Settings(), failed(str(error))
         if not chosen.enabled:
             return None
         if not scheduler.log_stats:
             logger.info("energylens does nothing: vLLM collects no statistics (--disable-log-stats)")
             return None
-        return _observe(_start(vllm_config, chosen), chosen.report_interval_s)
+        started = started or _start(vllm_config, chosen)
+        if started.predictor is None and status.is_required():
+            raise EnergyLensError(started.problem)
+        return _observe(started, chosen.report_interval_s)
     except Exception as error:
         status.unusable(error)
         return None
@@ -42,16 +48,19 @@ def check(vllm_config: Any) -> None:
     Raises RuntimeError if not, or if the settings are wrong, after `--plugin energylens`.
     """
     try:
-        _start(vllm_config, settings.load(vllm_config.additional_config))
-    except Exception as error:
+        started = _start(vllm_config, settings.load(vllm_config.additional_config))
+        if started.predictor is None:
+            raise EnergyLensError(started.problem)
+    except EnergyLensError as error:
         status.unusable(error)
 
 
 def _start(vllm_config: Any, chosen: settings.Settings) -> Started:
-    started = start_predictor(describe(vllm_config), chosen.gpu)
-    if started.predictor is None and status.is_required():
-        raise EnergyLensError(started.problem)
-    return started
+    try:
+        engine = describe(vllm_config)
+    except Exception as error:  # this release of vLLM may have other names for something
+        return failed(f"vLLM's configuration cannot be read: {type(error).__name__}: {error}")
+    return start_predictor(engine, chosen.gpu)
 
 
 def _observe(started: Started, report_interval_s: float) -> StepObserver:
@@ -60,7 +69,10 @@ def _observe(started: Started, report_interval_s: float) -> StepObserver:
         logger.warning("energylens only counts steps, it cannot predict them: %s", started.problem)
     else:
         logger.info("energylens predicts each step for %s (%s)", started.info["gpu"], started.info["source"])
+    if started.state == "failed":
+        observer.guard.failures["start"] += 1
     for state in PREDICTOR_STATES:
         observer.increments.set("energylens_predictor_state", float(state == started.state), state)
-    observer.increments.set("energylens_profile_info", 1.0, *started.info.values())
+    if started.info:
+        observer.increments.set("energylens_profile_info", 1.0, *started.info.values())
     return observer

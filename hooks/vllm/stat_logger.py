@@ -10,6 +10,7 @@ from typing import Any
 import vllm
 
 from energylens_vllm import __version__
+from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hooks.vllm import status, transport
 from energylens_vllm.serving import settings
 
@@ -36,7 +37,12 @@ def install(loggers: ModuleType) -> None:
         def record(
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
-            if reports := transport.reports_in(scheduler_stats):
+            if scheduler_stats is None:
+                return
+            reports = transport.reports_in(scheduler_stats)
+            if reports is None:
+                self.exporter.refuse(engine_idx, f"SchedulerStats has no field {transport.FIELD!r} for reports")
+            elif reports:
                 self.exporter.export(engine_idx, reports)
 
         def log_engine_initialized(self) -> None:
@@ -46,9 +52,16 @@ def install(loggers: ModuleType) -> None:
     def __init__(self: Any, vllm_config: Any, engine_idxs: Any = None, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, engine_idxs, *args, **kwargs)
         try:
-            if settings.load(vllm_config.additional_config).enabled:
+            if _is_enabled(vllm_config):
                 self.stat_loggers.append(EnergyStatLogger(vllm_config, self.engine_indexes))
         except Exception as error:
             status.unusable(error)
 
     loggers.StatLoggerManager.__init__ = __init__
+
+
+def _is_enabled(vllm_config: Any) -> bool:
+    try:
+        return settings.load(vllm_config.additional_config).enabled
+    except EnergyLensError:
+        return True  # the engine says so, in its log and in what it reports

@@ -43,6 +43,9 @@ def attach(outputs: Mapping[int, Any], take: Callable[[], Sequence[Report]]) -> 
             return
 
 
-def reports_in(scheduler_stats: Any) -> Sequence[Report]:
-    """The reports that came with `scheduler_stats` (or None)."""
-    return getattr(scheduler_stats, FIELD, None) or ()
+def reports_in(scheduler_stats: Any) -> Sequence[Report] | None:
+    """The reports that came with `scheduler_stats`; None if it has no place for any."""
+    try:
+        return getattr(scheduler_stats, FIELD) or ()
+    except AttributeError:
+        return None

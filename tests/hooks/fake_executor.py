@@ -24,17 +24,21 @@ BLOCK_BYTES = 2 * 16 * 2 * 32 * 2
 
 @dataclass
 class Executed:
-    """One step as the workers saw it: request -> (new tokens, tokens computed before, drafts among the new)."""
+    """One step as the workers saw it: request -> (new tokens, tokens computed before, whether it decodes)."""
 
-    requests: dict[str, tuple[int, int, int]]
+    requests: dict[str, tuple[int, int, bool]]
+    num_drafts: int
 
 
 class FakeExecutor(Executor):
     """Of the size FAKE_BLOCKS (KV-cache blocks), taking FAKE_STEP_S seconds a step."""
 
+    supports_pp = True
+
     def _init_executor(self) -> None:
         self.executed: list[Executed] = []
         self._known: dict[str, int] = {}  # request -> tokens of it that exist, prompt and output
+        self._said: dict[str, int] = {}  # request -> tokens of output among them
         self._answers: list[ModelRunnerOutput] = []
         self._drafts: DraftTokenIds | None = None
         self._gpu = ThreadPoolExecutor(1)  # steps run one after the other, beside the scheduler
@@ -108,14 +112,20 @@ class FakeExecutor(Executor):
         for request in output.scheduled_new_reqs:
             computed[request.req_id] = request.num_computed_tokens
             self._known.setdefault(request.req_id, len(request.prompt_token_ids))
+            self._said.setdefault(request.req_id, 0)
         drafts = {name: len(ids) for name, ids in output.scheduled_spec_decode_tokens.items()}
-        self.executed.append(
-            Executed({n: (new, computed[n], drafts.get(n, 0)) for n, new in output.num_scheduled_tokens.items()})
-        )
+        requests = {}
+        for name, new in output.num_scheduled_tokens.items():
+            prompt = self._known[name] - self._said[name]
+            # What lies behind the prompt is computed once as output, and in greater lots after a preemption.
+            decodes = computed[name] >= prompt and new <= 1 + drafts.get(name, 0)
+            requests[name] = (new, computed[name], decodes)
+        self.executed.append(Executed(requests, sum(drafts.values())))
         sampled = [self._sample(name, new, computed[name], drafts) for name, new in output.num_scheduled_tokens.items()]
         names = list(output.num_scheduled_tokens)
         for name in output.finished_req_ids:
             self._known.pop(name, None)
+            self._said.pop(name, None)
         decoding = [name for name, tokens in zip(names, sampled, strict=True) if tokens]
         if self._num_drafts:
             self._drafts = DraftTokenIds(decoding, [[TOKEN] * self._num_drafts for _ in decoding])
@@ -129,6 +139,7 @@ class FakeExecutor(Executor):
             return []
         tokens = [TOKEN] * (1 + drafts.get(name, 0) // 2)
         self._known[name] += len(tokens)
+        self._said[name] += len(tokens)
         return tokens
 
 

@@ -54,13 +54,37 @@ def test_a_second_exporter_goes_on_with_the_same_counters(registry: CollectorReg
     assert registry.get_sample_value("energylens_step_energy_joules_count", LABELS) == 4.0
 
 
-def test_a_registry_that_was_emptied_is_filled_again(registry: CollectorRegistry) -> None:
-    old = Exporter("m", [0], registry)
+def test_a_registry_that_was_emptied_is_filled_again(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    exporter = Exporter("m", [0], registry)
+    exporter.export(0, [REPORT])
     for collector in list(registry._collector_to_names):
         registry.unregister(collector)
-    old.export(0, [REPORT])  # goes nowhere, but does not fail
+    assert registry.get_sample_value("energylens_step_energy_joules_count", LABELS) is None
+    for _ in range(3):
+        exporter.export(0, [REPORT])
+    assert registry.get_sample_value("energylens_step_energy_joules_count", LABELS) == 8.0
+    failures = LABELS | {"place": "export"}
+    assert registry.get_sample_value("energylens_plugin_failures_total", failures) == 1.0
+    assert len(caplog.records) == 1
+
+
+def test_a_new_exporter_after_a_reset_starts_anew(registry: CollectorRegistry) -> None:
+    Exporter("m", [0], registry).export(0, [REPORT])
+    for collector in list(registry._collector_to_names):
+        registry.unregister(collector)
     Exporter("m", [0], registry).export(0, [REPORT])
     assert registry.get_sample_value("energylens_step_energy_joules_count", LABELS) == 2.0
+
+
+def test_what_cannot_be_a_report_is_counted(registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
+    exporter = Exporter("m", [0], registry)
+    for _ in range(3):
+        exporter.refuse(0, "SchedulerStats has no field for it")
+    failures = LABELS | {"place": "export"}
+    assert registry.get_sample_value("energylens_plugin_failures_total", failures) == 3.0
+    assert len(caplog.records) == 1
 
 
 def test_what_cannot_be_exported_is_counted(registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:

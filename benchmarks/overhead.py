@@ -1,0 +1,142 @@
+"""What the plugin adds to a scheduler step, against what vLLM's own --enable-mfu-metrics adds:
+
+    python benchmarks/overhead.py [MODEL ...] [--requests 256] [--steps 3000] [--steps-per-report 64] [--json]
+
+A real vLLM scheduler with a fake executor, so no GPU and no weights, full of requests that decode. Its steps take
+turns: one plain, one with vLLM's MFU metrics, one with energylens, all of one scheduler in one process, since two
+schedulers' own steps of milliseconds differ by more than what is looked for. A figure is the median CPU time of
+schedule() + update_from_output() over its steps, less the plain steps'.
+
+energylens predicts in a thread, one report for the steps of a second. That thread needs Python's lock too, so its CPU
+time counts: `thread` is that of a report, divided by the steps in it. An H200 makes some 80 steps a second with 256
+requests of an 8B model; with fewer steps a report each costs more. At most a third of what the MFU metrics add is
+allowed, the thread included; exit status 1 if it is more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hooks"))
+
+from energylens_vllm.architectures import load_config
+
+LIMIT = 1 / 3
+class Engine:
+    """A real scheduler over a fake executor, full of requests that decode."""
+
+    def __init__(self, folder: str, num_requests: int, num_steps: int) -> None:
+        from fake_executor import FakeExecutor
+        from vllm import LLM, SamplingParams
+
+        os.environ["FAKE_BLOCKS"] = str(num_requests * (1500 + num_steps) // 16 + 1000)
+        engine = LLM(
+            folder,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            gpu_memory_utilization=0.08,
+            max_model_len=2000 + num_steps,
+            max_num_seqs=num_requests,
+            max_num_batched_tokens=8192,
+            disable_log_stats=False,
+            async_scheduling=False,
+            enable_prefix_caching=False,
+            enable_mfu_metrics=True,
+            additional_config={"energylens": {"gpu": "H200-SXM"}},
+            distributed_executor_backend=FakeExecutor,
+        ).llm_engine
+        forever = SamplingParams(max_tokens=num_steps + 500, ignore_eos=True, detokenize=False)
+        for i in range(num_requests):
+            engine.add_request(str(i), {"prompt_token_ids": [1] * (200 + 37 * i % 1200)}, forever)
+        core = engine.engine_core.engine_core
+        self.scheduler, self.executor = core.scheduler, core.model_executor
+        self.mfu_metrics, self.observer = self.scheduler.perf_metrics, self.scheduler.energylens_observer
+        if not self.mfu_metrics.is_enabled():
+            sys.exit("vLLM has no MFU metrics for this model")
+        if self.observer is None or self.observer.predictor is None:
+            sys.exit("energylens cannot predict this model")
+        self.observer.has_reporter = True  # as in a server: `report` is what its thread does
+        while self.step("plain")[1] != num_requests:
+            pass
+
+    def step(self, kind: str) -> tuple[float, int]:
+        """(CPU seconds of schedule and update, tokens) of one step."""
+        observed = type(self.scheduler)
+        scheduler_class = observed if kind == "energylens" else observed.__base__  # without so much as our call
+        self.scheduler.perf_metrics = self.mfu_metrics if kind == "mfu" else None
+        begin = time.thread_time()
+        scheduled = scheduler_class.schedule(self.scheduler)
+        middle = time.thread_time()
+        self.executor.execute_model(scheduled)
+        answer = self.executor.sample_tokens(None)
+        self.executor.executed.clear()
+        resumed = time.thread_time()
+        scheduler_class.update_from_output(self.scheduler, scheduled, answer)
+        end = time.thread_time()
+        return middle - begin + end - resumed, scheduled.total_num_scheduled_tokens
+
+    def report(self) -> float:
+        """CPU seconds of a report."""
+        begin = time.thread_time()
+        self.observer.report()
+        return time.thread_time() - begin
+
+
+def measure(model: str, requests: int, steps: int, steps_per_report: int) -> dict[str, float]:
+    """Microseconds a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(load_config(model)))
+        engine = Engine(folder, requests, 3 * steps)
+    seconds: dict[str, list[float]] = {"plain": [], "mfu": [], "energylens": [], "thread": []}
+    kinds = ["plain", "mfu", "energylens"]
+    for number in range(steps):
+        for kind in kinds[number % 3 :] + kinds[: number % 3]:
+            taken, tokens = engine.step(kind)
+            assert tokens == requests, "a step of other than decodes only"
+            seconds[kind].append(taken)
+        if number % steps_per_report == steps_per_report - 1:
+            seconds["thread"].append(engine.report() / steps_per_report)
+    plain, mfu, path, thread = (1e6 * statistics.median(values) for values in seconds.values())
+    mfu, path = mfu - plain, path - plain
+    return {"plain_us": plain, "mfu_us": mfu, "path_us": path, "thread_us": thread, "ratio": (path + thread) / mfu}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["Llama-3.1-8B", "Qwen3-30B-A3B"], help="known models")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps-per-report", type=int, default=64)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    results = {model: measure(model, args.requests, args.steps, args.steps_per_report) for model in args.models}
+    if args.json:
+        print(json.dumps(results))
+    else:
+        print(f"{args.requests} requests decoding; microseconds a step, a report each {args.steps_per_report} steps\n")
+        print("| model | plain scheduler | + mfu metrics | + energylens, on the path | + its thread | ratio to mfu |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+        for name, r in results.items():
+            print(
+                f"| {name} | {r['plain_us']:.0f} | {r['mfu_us']:.1f} | {r['path_us']:.1f} | {r['thread_us']:.1f} "
+                f"| {r['ratio']:.3f} |"
+            )
+    return 0 if all(result["ratio"] <= LIMIT for result in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
