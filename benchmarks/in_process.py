@@ -248,11 +248,18 @@ class Meter(threading.Thread):
                     self.changes.append((
                         (read_s + new_s) / 2, new_value, nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
                         nvml.nvmlDeviceGetTemperature(gpu, 0), nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
-                        nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
+                        self._throttle_reasons(),
                     ))  # fmt: skip
                 value, changed_s = new_value, new_s
             rested, read_s = False, new_s
             time.sleep(self.POLL_S)
+
+    def _throttle_reasons(self) -> float:
+        """NVML's bits, NaN where the driver or its library does not say."""
+        try:
+            return float(self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._gpu))
+        except (AttributeError, self._nvml.NVMLError):
+            return float("nan")
 
     def stop(self) -> None:
         self._stopped.set()

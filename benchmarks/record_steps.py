@@ -65,11 +65,11 @@ class Recording:
     def __init__(self, name: str, out: pathlib.Path, window_s: float) -> None:
         config, arguments, self._points = CASES[name]
         self._out, self._name, self._window_s = out, name, window_s
+        self._meter = Meter()  # first: without NVML there is no need to wait for an engine
         self.engine = Engine(config, max_model_len=16384, **in_process.ON_GPU | arguments)
         self.engine.log(f"ready, {self.engine.kv_tokens} KV tokens")
         self._recorder = Recorder(self.engine)
         self._recorder.attach()
-        self._meter = Meter()
         self._meter.start()
         self._rows: list[dict[str, Any]] = []
         self.engine.log(str(self._meter.device()))

@@ -73,6 +73,7 @@ class Case:
         title, config, plan, small = CASES[name]
         self.plan = TINY_PLAN if tiny else plan
         self._out, self._name = out, name
+        self.meter = Meter()  # first: without NVML there is no need to wait for an engine
         arguments = in_process.ON_CPU if tiny else in_process.ON_GPU
         largest = self.plan.prompt_tokens[2] + self.plan.output_tokens[2]
         self.engine = Engine(
@@ -90,7 +91,6 @@ class Case:
             engine.log("the plugin does not predict this engine (log.txt says why): it is measured only")
         self.recorder = Recorder(engine)
         self.recorder.attach()
-        self.meter = Meter()
         self.meter.start()
         self._loads: dict[str, dict[str, Any]] = {}
         self._draw = random.Random(0)
@@ -138,8 +138,13 @@ class Case:
         self.write()
         self.engine.log(
             f"{phase}: {score['power_w']:.1f} W measured, {_watts(score)} predicted, "
-            f"{score['steps']} steps, {score['sm_clock_mhz']:.0f} MHz"
+            f"{score['steps']} steps, {score['sm_clock_mhz']:.0f} MHz{self._failures()}"
         )
+
+    def _failures(self) -> str:
+        """What of the plugin has failed so far; the log has the first of each."""
+        failed = dict(self.observer.guard.failures) if self.predicts else {}
+        return f"; THE PLUGIN FAILED {failed}" if failed else ""
 
     def _score(self, phase: str) -> dict[str, Any]:
         """Predicted against measured from the first to the last change of the energy counter in a load."""
@@ -174,11 +179,12 @@ class Case:
             if sample.name == "energylens_predicted_energy_joules_total"
         )
         summed = self.predicted.energy_j
-        failures = dict(self.observer.guard.failures)
         self.result["exported"] = dict(joules=exported, summed_joules=summed, steps=len(self.predicted),
-                                       recorded_steps=len(self.recorder), failures=failures)  # fmt: skip
+                                       recorded_steps=len(self.recorder),
+                                       failures=dict(self.observer.guard.failures))  # fmt: skip
         self.write()
-        self.engine.log(f"exported {exported:.6f} J, steps sum to {summed:.6f} J, failures {failures}")
+        self.engine.log(f"exported {exported:.6f} J, the predictions of {len(self.predicted)} of "
+                        f"{len(self.recorder)} steps sum to {summed:.6f} J{self._failures()}")  # fmt: skip
 
     def rounds(self) -> None:
         """Tokens/s of a fixed batch, alternately without and with the plugin: off on, on off, off on, ..."""
@@ -261,7 +267,9 @@ class Predicted:
             found.extend(column)
 
     def listen(self, steps: Sequence[Any], predictions: Any, _: Any) -> None:
-        """What the plugin's observer calls with the steps of each report."""
+        """What the plugin's observer calls with the steps of each report, without predictions if they failed."""
+        if predictions is None:
+            return
         self.add(
             [step.start_s for step in steps], [step.end_s for step in steps], predictions.time_s, predictions.energy_j,
             predictions.low_j, predictions.high_j,
