@@ -74,7 +74,7 @@ class Config:
         if not isinstance(given, list | tuple) or len(given) != layers:
             raise self.error(f"field 'layer_types' does not list one kind for each of the {layers} layers")
         for word in given:
-            if word not in kinds:
+            if not isinstance(word, str) or word not in kinds:
                 raise self.error(str(unknown("field 'layer_types'", word, kinds)))
         return [kinds[word] for word in given]
 

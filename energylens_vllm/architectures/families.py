@@ -13,6 +13,7 @@ from energylens_vllm.errors import unknown
 FAMILIES: Mapping[str, Callable[[Config], Cascade]] = {
     "llama": llama.build,
     "mistral": llama.build,
+    "phi3": llama.build,
     "qwen2": qwen2.build,
     "qwen3": qwen3.build,
     "qwen3_moe": qwen3.build_moe,
@@ -29,6 +30,8 @@ FAMILIES: Mapping[str, Callable[[Config], Cascade]] = {
 CLASSES: Mapping[str, str] = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MinistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
@@ -72,8 +75,8 @@ def _text(config: Mapping[str, object]) -> Mapping[str, object]:
 
 def _family(config: Mapping[str, object]) -> str:
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
-        return str(model_type)
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return model_type
     classes = config.get("architectures")
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else []
     for name in names:

@@ -44,6 +44,8 @@ def _experts(config: Config) -> Part:
 def _reaches(config: Config) -> list[str]:
     layers, every = config.size("num_hidden_layers"), config.size("no_rope_layer_interval", default=4)
     rope = config.whole_numbers("no_rope_layers") or [(i + 1) % every for i in range(layers)]
+    if len(rope) < layers:
+        raise config.error(f"field 'no_rope_layers' lists {len(rope)} of the {layers} layers")
     kinds = {"chunked_attention": "chunked", "full_attention": "full"}
     return config.layer_types(kinds, default=["chunked" if rope[i] else "full" for i in range(layers)])
 

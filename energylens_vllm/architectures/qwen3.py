@@ -22,13 +22,14 @@ def build(config: Config) -> Cascade:
 
 
 def build_moe(config: Config) -> Cascade:
-    """Every `decoder_sparse_step`-th layer has experts, unless `mlp_only_layers` lists it."""
+    """Every `decoder_sparse_step`-th layer has experts, unless `mlp_only_layers` lists it; all slide or none."""
     step, dense = config.size("decoder_sparse_step", default=1), config.whole_numbers("mlp_only_layers")
+    slides = config.flag("use_sliding_window", default=False)
 
     def layer(kind: str) -> Part:
         if kind == "dense":
-            return _layer(config, False, mlp(config.size("intermediate_size")))
-        return _layer(config, False, experts(config, "num_experts", config.size("moe_intermediate_size")))
+            return _layer(config, slides, mlp(config.size("intermediate_size")))
+        return _layer(config, slides, experts(config, "num_experts", config.size("moe_intermediate_size")))
 
     layers = range(config.size("num_hidden_layers"))
     return decoder(config, layer, ["dense" if i in dense or (i + 1) % step else "layer" for i in layers])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energylens_vllm.architectures import ArchitectureError, build, hub_ids, known_models, load_config, quantization
-from energylens_vllm.einsum import Mesh, dump_cascade, load_cascade
+from energylens_vllm.einsum import EinsumError, Mesh, dump_cascade, load_cascade
 from energylens_vllm.energy.precision import QUANTIZATIONS
 
 MODELS = known_models()
@@ -49,18 +49,21 @@ def _seconds(config: dict[str, object]) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_can_be_split_where_its_heads_allow(name: str) -> None:
-    config = load_config(name)
-    heads = (config | dict(config.get("text_config", {}))).get("num_attention_heads", 8)  # type: ignore[call-overload]  # a mapping
-    cascade = build(config)
-    whole = sum(cascade.weight_bytes())
-    for tp in (1, 2, 4, 8):
-        if heads % tp:
-            continue
-        kernels = cascade.kernels(mesh=Mesh(tp=tp))
-        assert any(kernel.collective for kernel in kernels) == (tp > 1)
-        # Latent projections, norms, routers and KV heads beyond their number are on every GPU.
-        assert whole / tp <= cascade.weight_bytes(mesh=Mesh(tp=tp))[0] < whole / tp * 1.4
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_every_model_can_be_split_where_its_heads_allow(name: str, tp: int) -> None:
+    """As in vLLM: query heads must divide, KV heads must divide or be divided."""
+    cascade = build(load_config(name))
+    heads, kv_heads = cascade.ranks["h"].size, cascade.ranks["g"].size if "g" in cascade.ranks else 1
+    assert heads is not None
+    assert kv_heads is not None
+    if heads % tp or (kv_heads % tp and tp % kv_heads):
+        with pytest.raises(EinsumError, match=r"rank [hg] \(\d+\)"):
+            cascade.kernels(mesh=Mesh(tp=tp))
+        return
+    assert any(kernel.collective for kernel in cascade.kernels(mesh=Mesh(tp=tp))) == (tp > 1)
+    # Latent projections, norms, routers and KV heads beyond their number are on every GPU.
+    even = sum(cascade.weight_bytes()) / tp
+    assert even <= cascade.weight_bytes(mesh=Mesh(tp=tp))[0] < even * 1.4
 
 
 @pytest.mark.parametrize("name", MODELS)

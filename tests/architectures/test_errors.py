@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from energylens_vllm.architectures import FAMILIES, ArchitectureError, build, load_config
+from energylens_vllm.architectures import FAMILIES, ArchitectureError, build, known_models, load_config, quantization
 from energylens_vllm.errors import EnergyLensError
 
 
@@ -65,6 +67,7 @@ def test_a_missing_field_is_named(name: str, field: str, left_out: bool) -> None
         ("llama-3.1-8b", "attention_bias", "no", "field 'attention_bias': 'no' is neither true nor false"),
         ("qwen3-30b-a3b", "num_experts_per_tok", 256, "field 'num_experts_per_tok': 256 is more than num_experts 128"),
         ("qwen3-30b-a3b", "mlp_only_layers", "1", "field 'mlp_only_layers': '1' is not a list of whole numbers"),
+        ("gpt-oss-20b", "layer_types", [["full_attention"]] * 24, "unknown value ['full_attention']"),
         ("gpt-oss-20b", "layer_types", ["full_attention"], "field 'layer_types' does not list one kind for each"),
         ("gpt-oss-20b", "layer_types", ["linear_attention"] * 24, "unknown value 'linear_attention'"),
         (
@@ -94,6 +97,36 @@ def test_text_models_of_wrappers_may_leave_their_type_to_it() -> None:
     config: dict[str, Any] = load_config("gemma-3-27b")
     text = {key: value for key, value in config["text_config"].items() if key != "model_type"}
     assert build(config | {"text_config": text}) == build(config)
+
+
+def test_too_few_layers_with_rope_are_named() -> None:
+    config: dict[str, Any] = load_config("llama-4-scout")
+    text = config["text_config"] | {"no_rope_layers": [1, 1, 0]}
+    assert "field 'no_rope_layers' lists 3 of the 48 layers" in message(config | {"text_config": text})
+
+
+JSON = st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=4)
+VALUES = JSON | st.lists(JSON, max_size=3) | st.dictionaries(st.text(max_size=3), JSON, max_size=2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), name=st.sampled_from(known_models()))
+def test_no_config_does_anything_else_than_build_or_say_why_not(data: st.DataObject, name: str) -> None:
+    config = load_config(name)
+    config = dict(config.get("text_config") or config)  # type: ignore[call-overload]  # a mapping
+    fields = data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=3))
+    config |= {field: data.draw(VALUES, field) for field in fields}
+    result = _built_or_refused(config)
+    assert result > 0 if isinstance(result, int) else "\n" not in result
+    quantization(config)
+
+
+def _built_or_refused(config: dict[str, Any]) -> int | str:
+    """The number of parameters, or the message."""
+    try:
+        return build(config).parameters()
+    except EnergyLensError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -23,6 +23,8 @@ PUBLISHED = [
     ("mistral-7b-v0.3", 7.25, HUB + "mistralai/Mistral-7B-v0.3"),
     ("mistral-nemo-12b", 12.2, HUB + "mistralai/Mistral-Nemo-Base-2407"),
     ("mistral-small-24b", 23.6, HUB + "mistralai/Mistral-Small-24B-Base-2501"),
+    ("phi-3.5-mini", 3.82, HUB + "microsoft/Phi-3.5-mini-instruct"),
+    ("phi-4", 14.7, HUB + "microsoft/phi-4"),
     ("qwen2-7b", 7.62, HUB + "Qwen/Qwen2-7B"),
     ("qwen2.5-0.5b", 0.494, HUB + "Qwen/Qwen2.5-0.5B"),
     ("qwen2.5-1.5b", 1.54, "model card of Qwen/Qwen2.5-1.5B"),

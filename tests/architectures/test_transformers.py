@@ -50,6 +50,7 @@ LATENT = dict(kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_d
 SMALL: dict[str, dict[str, Any]] = {
     "llama": dict(intermediate_size=96, head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "mistral": dict(intermediate_size=96, head_dim=24, sliding_window=16),
+    "phi3": dict(intermediate_size=96, sliding_window=16, pad_token_id=0),
     "qwen2": dict(intermediate_size=96, use_sliding_window=True, sliding_window=16, max_window_layers=4),
     "qwen3": dict(intermediate_size=96, head_dim=24, attention_bias=True),
     "qwen3_moe": dict(

@@ -144,6 +144,8 @@ MASKS = {
     "llama-3.1-8b": {Mask()},
     "mistral-7b-v0.1": {Mask(window=4096)},
     "mistral-7b-v0.3": {Mask()},
+    "phi-3.5-mini": {Mask(window=262144)},
+    "phi-4": {Mask()},
     "qwen2.5-7b": {Mask()},
     "gemma-2-9b": {Mask(window=4096), Mask()},
     "gemma-3-1b": {Mask(window=512), Mask()},
