@@ -36,16 +36,17 @@ def load_config(source: str | Path | Mapping[str, object]) -> dict[str, object]:
     """
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(source)
-    if path.is_dir():
-        path /= "config.json"
-    if path.is_file():
-        return _read(path) | {"_name_or_path": str(path.parent if path.name == "config.json" else path.with_suffix(""))}
-    name = str(source)
-    if path.suffix == ".json":
-        raise ArchitectureError(f"config {str(path)!r}: No such file")
+    path, name = Path(source), str(source)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        place = file.resolve()
+        return _read(file) | {
+            "_name_or_path": str(place.parent if file.name == "config.json" else place.with_suffix(""))
+        }
     found = _hub().get(name.lower())
     if found is None:
+        if file.suffix == ".json":
+            raise ArchitectureError(f"config {str(file)!r}: No such file")
         raise ArchitectureError(str(unknown("model", name, known_models(), "Or give the path of a config.json")))
     config = _read(CATALOG / f"{found}.json")
     del config[HUB_IDS]

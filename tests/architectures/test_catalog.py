@@ -102,6 +102,17 @@ def test_the_cascade_is_named_after_what_was_asked_for(tmp_path: Path) -> None:
         assert build(load_config(source)).name == "my-model"
 
 
+def test_here_is_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "llama-3.1-8b"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert build(load_config("llama-3.1-8b")).name == "Llama-3.1-8B"  # a folder of that name that holds no config
+    (folder / "config.json").write_text(json.dumps(load_config("qwen3-8b")))
+    assert build(load_config("llama-3.1-8b")).parameters() == build(load_config("qwen3-8b")).parameters()
+    monkeypatch.chdir(folder)
+    assert build(load_config(".")).name == "llama-3.1-8b"
+
+
 def test_a_config_may_be_a_mapping_a_file_or_its_folder(tmp_path: Path) -> None:
     config = load_config("gemma-2-2b")
     (tmp_path / "config.json").write_text(json.dumps(config))
