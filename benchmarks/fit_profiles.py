@@ -18,7 +18,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from energylens_vllm.architectures import build, load_config
 from energylens_vllm.calibrate.fit import fit
 from energylens_vllm.calibrate.recording import load
 from energylens_vllm.calibrate.windows import Windows, measured_windows
+from energylens_vllm.einsum import Cascade
 from energylens_vllm.energy.batch import Array
 from energylens_vllm.hardware.profile import PROFILES, Coefficient, GpuProfile
 
@@ -145,6 +146,12 @@ def prior(gpu: str, operations: pathlib.Path) -> GpuProfile:
     )  # fmt: skip
 
 
+@cache
+def cascade(model: str) -> Cascade:
+    """Of a known model, built once: a fit makes thousands of `EnergyModel`s."""
+    return build(load_config(model))
+
+
 # -- steps recorded on the H200 -----------------------------------------------------------------------------------
 
 #: Coefficients that recorded steps may move, with the relative std of their prior: kernels that run back to back in
@@ -173,11 +180,11 @@ class Run:
         self.model, self.quantization = H200_RUNS[name]
 
     def energy_model(self, profile: GpuProfile) -> EnergyModel:
-        return EnergyModel(self.model, Deployment(gpu=profile.name, quantization=self.quantization), profile)
+        return EnergyModel(cascade(self.model), Deployment(gpu=profile.name, quantization=self.quantization), profile)
 
     @cached_property
     def windows(self) -> Windows:
-        kernels = build(load_config(self.model)).kernels()  # not EnergyModel's: the profile may not be made yet
+        kernels = cascade(self.model).kernels()  # not EnergyModel's: the profile may not be made yet
         masks = list(dict.fromkeys(kernel.attention.mask for kernel in kernels if kernel.attention))
         return measured_windows(load(RECORDINGS / f"{self.name}_steps.npz"), masks)
 
@@ -269,7 +276,7 @@ def row_errors(rows: Sequence[Row], profile: GpuProfile) -> tuple[Array, Array]:
     for row in rows:
         key = (row.model, row.deployment)
         if key not in models:
-            models[key] = EnergyModel(row.model, row.deployment, profile)
+            models[key] = EnergyModel(cascade(row.model), row.deployment, profile)
         load_ = models[key].serving(row.concurrency, row.prompt, row.output, row.context)
         errors.append(
             (

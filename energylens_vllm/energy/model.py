@@ -24,6 +24,7 @@ from energylens_vllm.energy.precision import format_of, kernel_format, widths
 from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
 from energylens_vllm.energy.serving import ServingPrediction, serve
 from energylens_vllm.energy.step import COMPONENTS, Evaluated, Exchanged, GpuStep
+from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
 PHASES = ("prefill", "decode")
@@ -125,6 +126,8 @@ class EnergyModel:
         (speculative decoding). With data parallelism the requests are spread evenly over the ranks.
         Raises EnergyLensError for an empty batch or a negative count.
         """
+        if not len(requests):
+            raise EnergyLensError("requests: the batch is empty; accepted: one request or more")
         ranks = self.deployment.data_parallel_size
         steps = steps_from_requests(requests, self.masks, decode)
         rank = self.predict(steps.share(ranks) if ranks > 1 else steps)
