@@ -133,6 +133,15 @@ def test_every_pipeline_stage_has_its_own_kinds_of_layers() -> None:
     assert counts == [[13, 2], [13, 3], [14, 2], [12, 3]]
 
 
+@pytest.mark.parametrize(
+    ("name", "kilobytes"), [("deepseek-v3", 70.272), ("qwen2.5-72b", 327.680), ("llama-3.1-405b", 516.096)]
+)
+def test_cache_of_a_token_is_the_published_one(name: str, kilobytes: float) -> None:
+    """In 16 bits: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 1."""
+    kernels = model(name).kernels()
+    assert sum(kernel.count * kernel.kv_write_bytes.tokens for kernel in kernels) == kilobytes * 1000
+
+
 # -- masks ------------------------------------------------------------------------------------------------------------
 
 
