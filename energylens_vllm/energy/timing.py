@@ -118,22 +118,22 @@ def expert_padded_rows(rows: Any, active: Any, tile: Any) -> Any:
 def expert_gemm(
     p: Coefficients, kernel: str, sm_count: int, choices: Any, weight_bytes: Any, activation_bytes: Any,
     tiles: Sequence[tuple[Any, Any]], *, n: Any, k: Any, total: Any, bytes_per_weight: float = 2.0,
-    input_bytes: float = 2.0,
+    input_bytes: float = 2.0, quantized_rows: Any = 0.0,
 ) -> Timed:  # fmt: skip
     """One grouped GEMM of vLLM's fused experts, with its share of sorting `choices` (token, expert) pairs by expert.
 
     `weight_bytes` are those of the experts that have rows, `activation_bytes` those that cross HBM; `total` experts are
     in the layer, on all GPUs. `tiles` are the configurations that the kernel may run with, as (rows of a block, rows
     after padding each expert's to whole blocks): one pair for vLLM's default, several where a tuned one is the fastest.
+    Formats that quantize their input first pay one more pass over `quantized_rows` of it.
 
     The grid has a block for every choice and up to one more for every expert of the layer, local or not; those without
     work, or that only zero the rows of remote experts, cost `empty_tile_s` of an SM each, the others `tile_s` besides
     their share of the tensor cores or of what an SM can load.
     """
     name = f"experts.{kernel}."
-    memory_s = (weight_bytes + activation_bytes) / (
-        p["memory.bandwidth_bytes_per_s"] * p[name + "memory_efficiency"]
-    )
+    bandwidth = p["memory.bandwidth_bytes_per_s"]
+    memory_s = (weight_bytes + activation_bytes) / (bandwidth * p[name + "memory_efficiency"])
     flops_per_s = p[f"compute.{kernel}.peak_flops"] * p[name + "compute_efficiency"]
     fastest: Any = np.inf
     for tile_rows, padded_rows in tiles:
@@ -149,7 +149,8 @@ def expert_gemm(
             waves = np.maximum(blocks * across / sm_count, np.minimum(blocks, 1.0))
             fastest = np.minimum(fastest, waves * block_s + empty * across / sm_count)
     timed = roofline(memory_s, fastest, p[name + "corner"])
-    return Timed(p[name + "launch_s"] + choices * p[name + "row_s"] + timed.time_s, timed.clocked_s)
+    quantize_s = p[name + "quantize_passes"] * quantized_rows * k * (2.0 + input_bytes) / bandwidth
+    return Timed(p[name + "launch_s"] + choices * p[name + "row_s"] + quantize_s + timed.time_s, timed.clocked_s)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
