@@ -142,14 +142,16 @@ def as_text(step: StepPrediction, tokens: int) -> str:
                 ["power", quantity(step.power_w, "W"), ""],
             ],
         ),
-        table(
-            ["energy by", "", "share"],
-            [
-                [name.replace("_", " "), quantity(energy_j, "J"), percent(energy_j / step.energy_j)]
-                for split in (step.components, step.phases)
-                for name, energy_j in split.items()
-                if energy_j
-            ],
+        *(
+            table(
+                [f"energy by {what}", "", "share"],
+                [
+                    [name.replace("_", " "), quantity(energy_j, "J"), percent(energy_j / step.energy_j)]
+                    for name, energy_j in split.items()
+                    if energy_j
+                ],
+            )
+            for what, split in (("component", step.components), ("phase", step.phases))
         ),
     ]
     return "\n\n".join([*lines, *_flags(step.flags)])

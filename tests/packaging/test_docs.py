@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,7 @@ def test_commands_in_the_documentation_exist(page: Path) -> None:
         re.findall(r"^(?:\$ )?energylens ([a-z]+)", page.read_text(), flags=re.MULTILINE)
     )
     assert used <= set(COMMANDS)
+
+
+def test_the_readme_shows_what_the_commands_print() -> None:
+    subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], check=True)
