@@ -118,14 +118,14 @@ def expert_padded_rows(rows: Any, active: Any, tile: Any) -> Any:
 def expert_gemm(
     p: Coefficients, kernel: str, sm_count: int, choices: Any, weight_bytes: Any, activation_bytes: Any,
     tiles: Sequence[tuple[Any, Any]], *, n: Any, k: Any, total: Any, bytes_per_weight: float = 2.0,
-    input_bytes: float = 2.0, quantized_rows: Any = 0.0,
+    input_bytes: float = 2.0, quantized_rows: Any = None,
 ) -> Timed:  # fmt: skip
     """One grouped GEMM of vLLM's fused experts, with its share of sorting `choices` (token, expert) pairs by expert.
 
     `weight_bytes` are those of the experts that have rows, `activation_bytes` those that cross HBM; `total` experts are
     in the layer, on all GPUs. `tiles` are the configurations that the kernel may run with, as (rows of a block, rows
     after padding each expert's to whole blocks): one pair for vLLM's default, several where a tuned one is the fastest.
-    Formats that quantize their input first pay one more pass over `quantized_rows` of it.
+    Where the input is quantized by a kernel of its own, `quantized_rows` are its rows.
 
     The grid has a block for every choice and up to one more for every expert of the layer, local or not; those without
     work, or that only zero the rows of remote experts, cost `empty_tile_s` of an SM each, the others `tile_s` besides
@@ -149,8 +149,10 @@ def expert_gemm(
             waves = np.maximum(blocks * across / sm_count, np.minimum(blocks, 1.0))
             fastest = np.minimum(fastest, waves * block_s + empty * across / sm_count)
     timed = roofline(memory_s, fastest, p[name + "corner"])
-    quantize_s = p[name + "quantize_passes"] * quantized_rows * k * (2.0 + input_bytes) / bandwidth
-    return Timed(p[name + "launch_s"] + choices * p[name + "row_s"] + quantize_s + timed.time_s, timed.clocked_s)
+    fixed_s = p[name + "launch_s"] + choices * p[name + "row_s"]
+    if quantized_rows is not None:
+        fixed_s = fixed_s + p[name + "quantize_passes"] * quantized_rows * k * (2.0 + input_bytes) / bandwidth
+    return Timed(fixed_s + timed.time_s, timed.clocked_s)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
