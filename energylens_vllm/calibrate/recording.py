@@ -23,7 +23,7 @@ SETTLE_S = 0.5
 #: A counter that advances each 0.1 s is read to 10 % or better over this.
 SHORTEST_WINDOW_S = 1.0
 #: What is read of a .npz file.
-ARRAYS = ("off", "n", "c", "t0", "t2", "phase", "phases", "en")
+ARRAYS = ("off", "n", "c", "t0", "t2", "phase", "phases", "en", "capture_sizes")
 
 
 class RecordingError(EnergyLensError):
@@ -52,7 +52,8 @@ class Recording:
 
     Step i holds requests `offsets[i]:offsets[i + 1]` of `new_tokens` and `computed_tokens`, and belongs to phase
     `phases[phase[i]]`. `start_s` and `end_s` are when it was scheduled and when its output was taken (monotonic
-    seconds, NaN if unknown). `counter` has a row (time in s, energy counter in J) for each reading.
+    seconds, NaN if unknown). `counter` has a row (time in s, energy counter in J) for each reading. `capture_sizes` are
+    the CUDA-graph sizes that batches were padded to: empty if eager, None if unknown.
     """
 
     offsets: NDArray[np.int64]
@@ -63,6 +64,7 @@ class Recording:
     start_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
     counter: NDArray[np.float64]
+    capture_sizes: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.phase)
@@ -131,6 +133,7 @@ def _from_npz(file: Path) -> Recording:
     phases = tuple(str(name) for name in arrays["phases"]) if "phases" in arrays else ("all",)
     start_s, end_s = (_seconds(file, arrays, name, steps) for name in ("t0", "t2"))
     counter = _counter(file, arrays["en"]) if "en" in arrays else np.empty((0, 2))
+    sizes = tuple(_whole_numbers(file, arrays, "capture_sizes").tolist()) if "capture_sizes" in arrays else None
     lengths = {"off": steps, "phase": len(phase), "t0": len(start_s), "t2": len(end_s)}
     wrong = [name for name, length in lengths.items() if length != steps]
     if wrong:
@@ -141,7 +144,7 @@ def _from_npz(file: Path) -> Recording:
         raise RecordingError(f"{file}: 'off' does not divide the {len(new_tokens)} 'n' and {len(computed_tokens)} 'c'")
     if phase.min(initial=0) < 0 or phase.max(initial=0) >= len(phases):
         raise RecordingError(f"{file}: 'phase' names phase {phase.max()}, 'phases' has {len(phases)}")
-    return Recording(offsets, new_tokens, computed_tokens, phase, phases, start_s, end_s, counter)
+    return Recording(offsets, new_tokens, computed_tokens, phase, phases, start_s, end_s, counter, sizes)
 
 
 def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:

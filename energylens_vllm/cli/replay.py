@@ -6,7 +6,8 @@ The recording is a .npz file as benchmarks/record_steps.py writes it, or JSON li
 line: {"requests": [[new tokens, computed tokens], ...]}. Both are described in docs/formats.md.
 
 A phase is scored over the stretch between the first and the last reading of the GPU's energy counter in it, without
-its first half second. Time in which the engine had nothing to run counts as idle power.
+its first half second. Time in which the engine had nothing to run counts as idle power. CUDA-graph sizes are those of
+the recording, if it names them and no flag does.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     recording = load(args.recording)
+    if args.cudagraph_capture_sizes is None and recording.capture_sizes is not None:
+        args.cudagraph_capture_sizes = list(recording.capture_sizes) or None
+        args.enforce_eager |= not recording.capture_sizes
     scores = replay(recording, energy_model(args))
     print(json.dumps(as_json(scores)) if args.json else as_text(scores))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,20 @@ def test_steps_without_measurements_are_predicted(tmp_path: Path, capsys: pytest
     assert "energy_mape" not in result
     assert main(["replay", "--config", MODEL, str(tmp_path / "steps.jsonl")]) == 0
     assert "nothing was measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "deployment"), [([64], {"cudagraph_capture_sizes": [64]}), ([], {"enforce_eager": True})]
+)
+def test_cuda_graph_sizes_are_the_recordings(
+    sizes: list[int], deployment: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "steps.npz"
+    np.savez(file, off=[0, 32], n=np.ones(32, int), c=np.full(32, 500), capture_sizes=np.array(sizes, int))
+    expected, default = (EnergyModel(MODEL, Deployment(**d)).step([(1, 500)] * 32) for d in (deployment, {}))
+    assert replay(capsys, file)["predicted_s"] == pytest.approx(expected.time_s)
+    assert expected.time_s != default.time_s
+    assert replay(capsys, file, "--cudagraph-capture-sizes", "32")["predicted_s"] == pytest.approx(default.time_s)
 
 
 def test_the_table_has_a_line_for_each_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
