@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch = parser.add_argument_group("batch")
     batch.add_argument("--decode", type=int, default=0, metavar="N", help="requests that decode one token each")
     batch.add_argument(
-        "--context", type=int, default=1000, metavar="TOKENS", help="computed tokens of each of those; default 1000"
+        "--context", type=int, default=1000, metavar="TOKENS", help="computed tokens of each of those (default: 1000)"
     )
     batch.add_argument(
         "--prefill", type=int, nargs="+", default=[], metavar="TOKENS", help="new prompts of so many tokens each"

@@ -10,6 +10,7 @@ from energylens_vllm.cli.table import percent, quantity, table
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0 J"), (0.0123, "12.3 mJ"), (-0.0123, "-12.3 mJ"), (999.4, "999 J"), (999.9, "1 kJ"), (1.5e9, "1.5 GJ"),
+     (1.07e15, "1.07 PJ"),
      (2e-9, "2 nJ"), (math.nan, "-")],
 )  # fmt: skip
 def test_quantity(value: float, text: str) -> None:

@@ -30,6 +30,7 @@ def probe(statement: str) -> tuple[float, list[str]]:
     [
         ("import energylens_vllm", 0.3),
         ("import energylens_vllm.cli", 0.3),
+        ("import energylens_vllm.hooks.vllm", 0.3),  # what each of vLLM's processes loads
         ("from energylens_vllm import Deployment, EnergyModel", 3.0),  # numpy and yaml; the limit is for a busy machine
     ],
 )
