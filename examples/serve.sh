@@ -15,6 +15,10 @@ source "$root/tools/environment.sh"
 once=
 if [ "${1:-}" = --once ]; then once=1; shift; fi
 port=${PORT:-8000}
+if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    echo "Port $port is taken; choose another: PORT=$((port + 1)) bash examples/serve.sh" >&2
+    exit 1
+fi
 log=$root/build/serve.log
 mkdir -p "$root/build"
 export VLLM_NO_USAGE_STATS=1
