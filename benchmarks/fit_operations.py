@@ -8,8 +8,8 @@ pyarrow and scipy (`pip install pandas pyarrow scipy`). --json writes one file a
 source}}; std is relative. --quick leaves out the fits for the held-out error.
 
 Errors are relative, |predicted / measured - 1|: mean (MAPE), median and 90th percentile over all rows, and the mean
-over shapes that were left out of the fit (every third (n, k), (hidden, intermediate, experts, degrees) or (heads,
-head size), three times).
+over shapes that were left out of the fit (a third of the (n, k), (hidden, intermediate, experts, degrees) or (heads,
+window), three times). Rows of block-scaled GEMMs that wait for the host are not counted.
 
 The tables replay one operation over and over, sometimes at the GPU's power limit. Three numbers a fit has for that,
 which no profile takes over: the share of the L2 cache that keeps data from one replay to the next, how much faster it
@@ -26,7 +26,7 @@ import pathlib
 import sys
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ class Problem:
     columns: Mapping[str, Any]
     groups: Any
     predict: Callable[[Mapping[str, float], Mapping[str, Any]], Any]
-    note: str = ""
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  #: columns that were not fitted, by a name
 
     def rows(self, index: Any) -> dict[str, Any]:
         return {name: column[index] for name, column in self.columns.items()}
@@ -162,39 +162,44 @@ def solve(problem: Problem, index: Any, start: Mapping[str, float] | None = None
     span = high - low
     result = least_squares(
         residual, np.clip(first, low + 0.01 * span, high - 0.01 * span), bounds=(low, high), loss="soft_l1",
-        f_scale=0.1, max_nfev=60,
+        f_scale=0.1, max_nfev=20 if start else 60,
     )  # fmt: skip
     return dict(zip(names, np.exp(result.x), strict=True)), result
 
 
-def fit(problem: Problem, quick: bool, limit: int = 4000) -> Fitted:
+def fit(problem: Problem, quick: bool, limit: int = 3000) -> Fitted:
     """The fit over all rows (a random `limit` of them), its errors over all of them, and the held-out error."""
     count = len(problem.columns["seconds"])
     random = np.random.default_rng(0)
     sample = random.permutation(count)[:limit]
     values, result = solve(problem, sample)
-    everything = problem.rows(np.arange(count))
-    measured = everything["seconds"]
-    error = np.abs(problem.predict({**problem.fixed, **values}, everything) / measured - 1)
+    measured = problem.columns["seconds"]
+    error = np.abs(problem.predict({**problem.fixed, **values}, problem.columns) / measured - 1)
+    # Rows that only wait for the host are as good as any constant: they tell nothing of the kernel.
+    told = measured > 1.2 * values.get("replay.host_s", 0.0)
 
-    # Rows of one shape share their error, so the fit knows as many independent numbers as there are shapes.
+    # Rows of one shape share their error, so the fit knows as many independent numbers as there are shapes. A number
+    # that the rows say nothing of keeps a standard deviation of a factor e.
     shapes = len(np.unique(problem.groups[sample]))
-    curvature = result.jac.T @ result.jac
     scale = np.mean(result.fun**2) * len(sample) / max(shapes - len(values), 1)
-    deviation = np.sqrt(np.maximum(np.diag(np.linalg.pinv(curvature)), 0.0) * scale)
-    std = {name: float(min(d, 1.0)) for name, d in zip(values, deviation, strict=True)}
+    information = result.jac.T @ result.jac / scale + np.eye(len(values))
+    std = dict(zip(values, np.sqrt(np.diag(np.linalg.inv(information))).tolist(), strict=True))
 
     held_out = math.nan
     if not quick:
         fold, left = problem.groups % 3, np.full(count, np.nan)
         for part in range(3):
             inside, outside = np.flatnonzero(fold != part), np.flatnonzero(fold == part)
-            own, _ = solve(problem, random.permutation(inside)[: limit // 2], values)
+            own, _ = solve(problem, random.permutation(inside)[: limit // 3], values)
             rows = problem.rows(outside)
             left[outside] = np.abs(problem.predict({**problem.fixed, **own}, rows) / rows["seconds"] - 1)
-        held_out = float(np.nanmean(left))
-    errors = (float(error.mean()), float(np.median(error)), float(np.quantile(error, 0.9)))
-    return Fitted({**problem.fixed, **values}, std, count, errors, held_out)
+        held_out = float(np.nanmean(left[told]))
+    return Fitted({**problem.fixed, **values}, std, int(told.sum()), summary(error[told]), held_out)
+
+
+def summary(error: Any) -> tuple[float, float, float]:
+    """Mean, median and 90th percentile."""
+    return float(error.mean()), float(np.median(error)), float(np.quantile(error, 0.9))
 
 
 # -- problems ---------------------------------------------------------------------------------------------------------
@@ -273,7 +278,18 @@ def linear_problem(gpu: Gpu, file: str, table: pd.DataFrame, kernel: str) -> Pro
     )  # fmt: skip
 
 
+def decode_columns(table: pd.DataFrame) -> dict[str, Any]:
+    columns = floats(table, sequences="batch_size", heads="num_heads", kv_heads="num_key_value_heads", dim="head_dim")
+    context, window = table.step.to_numpy(float) + 1, table.window_size.to_numpy(float)
+    columns["context"] = np.where(window > 0, np.minimum(context, window), context)
+    return columns
+
+
 def decode_problem(gpu: Gpu, file: str, table: pd.DataFrame, prefix: str, kv_bytes: float) -> Problem:
+    """Fitted for head size 128 and up to 512 sequences; beyond, FlashAttention 3 schedules otherwise."""
+    fitted = (table.head_dim == 128) & (table.batch_size <= 512)
+    others = {f"head size {size}": (table.head_dim == size) & (table.batch_size <= 512) for size in (64, 256)}
+    others["1024, 2048 sequences"] = (table.head_dim == 128) & (table.batch_size > 512)
     free = {
         prefix + ".launch_s": Free(1e-5, 1e-6, 1e-4, SECONDS),
         prefix + ".memory_efficiency": EFFICIENCY,
@@ -284,9 +300,6 @@ def decode_problem(gpu: Gpu, file: str, table: pd.DataFrame, prefix: str, kv_byt
         prefix + ".split_s": Free(2e-6, 1e-8, 2e-5, SECONDS),
         **REPLAY,
     }
-    columns = floats(table, sequences="batch_size", heads="num_heads", kv_heads="num_key_value_heads", dim="head_dim")
-    context, window = table.step.to_numpy(float) + 1, table.window_size.to_numpy(float)
-    columns["context"] = np.where(window > 0, np.minimum(context, window), context)
 
     def predict(values: Mapping[str, float], rows: Mapping[str, Any]) -> Any:
         keys = rows["sequences"] * rows["context"]
@@ -298,8 +311,11 @@ def decode_problem(gpu: Gpu, file: str, table: pd.DataFrame, prefix: str, kv_byt
             from_hbm=missed + (1 - missed) / (1 + values["replay.l2_gain"]),
         ).time_s  # fmt: skip
 
-    groups = shape_groups(table, "num_heads", "num_key_value_heads", "window_size")
-    return Problem(prefix, file, free, nominal(gpu, "bfloat16"), columns, groups, predict)
+    groups = shape_groups(table[fitted], "num_heads", "num_key_value_heads", "window_size")
+    return Problem(
+        prefix, file, free, nominal(gpu, "bfloat16"), decode_columns(table[fitted]), groups, predict,
+        {name: decode_columns(table[rows]) for name, rows in others.items() if rows.any()},
+    )  # fmt: skip
 
 
 def prefill_problem(gpu: Gpu, file: str, table: pd.DataFrame) -> Problem:
@@ -311,10 +327,12 @@ def prefill_problem(gpu: Gpu, file: str, table: pd.DataFrame) -> Problem:
         prefix + "tile_keys": Free(32.0, 1.0, 128.0, "keys"),
         prefix + "tile_s": Free(5e-7, 1e-8, 1e-5, SECONDS),
     }
-    columns = floats(
-        table, sequences="batch_size", new="isl", heads="num_heads", kv_heads="num_key_value_heads", dim="head_dim",
-        window="window_size",
-    )  # fmt: skip
+
+    def columns(part: pd.DataFrame) -> dict[str, Any]:
+        return floats(
+            part, sequences="batch_size", new="isl", heads="num_heads", kv_heads="num_key_value_heads",
+            dim="head_dim", window="window_size",
+        )  # fmt: skip
 
     def predict(values: Mapping[str, float], rows: Mapping[str, Any]) -> Any:
         new, window = rows["new"], rows["window"]
@@ -327,8 +345,13 @@ def prefill_problem(gpu: Gpu, file: str, table: pd.DataFrame) -> Problem:
             flops_per_pair=4 * rows["dim"] * rows["heads"],
         ).time_s  # fmt: skip
 
-    groups = shape_groups(table, "num_heads", "num_key_value_heads", "window_size")
-    return Problem("attention.prefill", file, free, nominal(gpu, "bfloat16"), columns, groups, predict)
+    fitted = table[table.head_dim == 128]
+    others = {f"head size {size}": columns(table[table.head_dim == size]) for size in (64, 256)}
+    return Problem(
+        "attention.prefill", file, free, nominal(gpu, "bfloat16"), columns(fitted),
+        shape_groups(fitted, "num_heads", "num_key_value_heads", "window_size"), predict,
+        {name: part for name, part in others.items() if len(part["seconds"])},
+    )  # fmt: skip
 
 
 @functools.cache
@@ -450,7 +473,6 @@ def problems(data: pathlib.Path, gpu: Gpu) -> list[Problem]:
         if len(rows) > 100 and not any(part in str(source) for part in other):
             found.append(experts_problem(gpu, file, rows, kernel))
     file, table = read(data, "genattn", gpu)
-    table = table[(table.batch_size <= 512) & (table.head_dim == 128)]
     if gpu.table == "l40s":  # FlashAttention 2 reads the whole context under a window
         table = table[table.window_size == 0]
     for kv, kv_bytes in (("bfloat16", 2.0), ("fp8", 1.0)):
@@ -459,15 +481,15 @@ def problems(data: pathlib.Path, gpu: Gpu) -> list[Problem]:
             prefix = "attention.decode" if kv == "bfloat16" else "attention.decode_fp8"
             found.append(decode_problem(gpu, file, rows, prefix, kv_bytes))
     file, table = read(data, "ctxattn", gpu)
-    rows = table[(table.kv_cache_dtype == "bfloat16") & (table.head_dim == 128) & (table.isl >= 16)]
+    rows = table[(table.kv_cache_dtype == "bfloat16") & (table.isl >= 16)]
     found.append(prefill_problem(gpu, file, rows))
     return found
 
 
 # -- profiles ---------------------------------------------------------------------------------------------------------
 
-#: Tables that do not show what a server would run: an untuned CUTLASS kernel of FlashInfer, which takes two to five
-#: times as long as the bf16 kernel of the same layer.
+#: Tables that do not show what a server would run: an untuned CUTLASS kernel of FlashInfer, which takes about twice
+#: as long as the bf16 kernel of the same layer.
 UNUSED = {("H100-SXM", "experts.fp8")}
 
 #: GPU -> coefficients without a table of their own -> whose they are, and why that is the nearest.
@@ -603,6 +625,10 @@ def main() -> None:
                 f"{name:14} {problem.prefix:20} {fitted.rows:6d} {mean:6.1%} {median:7.1%} {ninety:6.1%}"
                 f" {fitted.held_out:9.1%}  {shown}", flush=True,
             )  # fmt: skip
+            for part, columns in problem.others.items():
+                error = np.abs(problem.predict(fitted.values, columns) / columns["seconds"] - 1)
+                mean, median, ninety = summary(error)
+                print(f"{'':14} - {part:20} {len(error):4d} {mean:6.1%} {median:7.1%} {ninety:6.1%}  not fitted")
     if options.json:
         options.json.mkdir(parents=True, exist_ok=True)
         for name, own in found.items():
