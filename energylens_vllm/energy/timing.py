@@ -59,16 +59,15 @@ def gemm_tiles_s(
     (`flops_per_s` is the whole GPU's) or by what the SM can load (`load_bytes_per_s` of one SM; `input_bytes` and
     `weight_bytes` per element). Splitting k makes more and shorter tiles, and costs `split_s` for adding up the parts.
     """
-    fastest: Any = np.inf
-    for tile_rows, tile_columns in GEMM_TILES:
-        tiles = np.ceil(rows / tile_rows) * np.ceil(n / tile_columns)
-        loaded = np.minimum(tile_rows, rows) * input_bytes + np.minimum(tile_columns, n) * weight_bytes
-        per_k = np.maximum(2.0 * tile_rows * tile_columns * sm_count / flops_per_s, loaded / load_bytes_per_s)
-        for split in GEMM_SPLITS:
-            depth = np.maximum(k / split, 64.0)
-            seconds = np.ceil(tiles * split / sm_count) * per_k * depth + (split_s if split > 1 else 0.0)
-            fastest = np.minimum(fastest, seconds)
-    return fastest
+    after = (1,) * np.ndim(rows)  # axes of `rows`, behind one axis of tilings and one of splits
+    tile_rows, tile_columns = (np.reshape(sizes, (-1, 1, *after)) for sizes in zip(*GEMM_TILES, strict=True))
+    splits = np.reshape(GEMM_SPLITS, (1, -1, *after))
+    tiles = np.ceil(rows / tile_rows) * np.ceil(n / tile_columns)
+    loaded = np.minimum(tile_rows, rows) * input_bytes + np.minimum(tile_columns, n) * weight_bytes
+    per_k = np.maximum(2.0 * tile_rows * tile_columns * sm_count / flops_per_s, loaded / load_bytes_per_s)
+    waves = np.ceil(tiles * splits / sm_count)
+    seconds = waves * per_k * np.maximum(k / splits, 64.0) + np.where(splits > 1, split_s, 0.0)
+    return seconds.min(axis=(0, 1))
 
 
 def linear(
