@@ -1,0 +1,9 @@
+"""Explore deployments: enumerate what vLLM would run, predict all of it, keep what a load allows.
+
+See docs/explore.md.
+"""
+
+from energylens_vllm.explore.search import Deployments, Exploration, explore
+from energylens_vllm.explore.space import Load, Space
+
+__all__ = ["Deployments", "Exploration", "Load", "Space", "explore"]

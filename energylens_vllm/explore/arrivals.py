@@ -1,0 +1,84 @@
+"""Open arrivals at a server whose speed depends on how many requests it holds.
+
+Requests arrive at random (Poisson), run together as vLLM batches them, and wait in line beyond `max_num_seqs`. The
+server is a processor-sharing station whose completion rate mu(n) is the throughput of a closed queue of n requests; the
+number of requests in it has the product form
+
+    p(n) ~ lambda^n / (mu(1) mu(2) .. mu(n)),     mu(n) = mu(M) for n > M
+
+whatever the distribution of lengths while none waits (Baskett, Chandy, Muntz and Palacios, "Open, closed, and mixed
+networks of queues with different classes of customers", J. ACM 22, 1975). p(0) is the time that GPUs idle. Means then
+follow from Little's law.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from energylens_vllm.energy.batch import Array, Integers
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """A server that runs n = 1 .. N requests; every array has shape (N,)."""
+
+    completions_per_s: Array
+    power_w: Array
+    tpot_s: Array
+    ttft_s: Array  #: without waiting in line
+    idle_w: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """For R rates and B batch limits, means over time; arrays of shape (R, B). NaN where requests come faster than
+    they complete."""
+
+    power_w: Array
+    tpot_s: Array
+    ttft_s: Array
+    running: Array
+    idle_share: Array
+    waiting_share: Array  #: requests that find a full batch and wait in line
+
+
+def arrivals(speed: Speed, rate_per_s: Array, limits: Integers) -> Arrivals:
+    """What servers of one speed do under each arrival rate (R,) with each batch limit (B,), 1 <= limit <= N."""
+    n = np.arange(1, len(speed.completions_per_s) + 1)
+    logs = np.multiply.outer(np.log(rate_per_s), n) - np.cumsum(np.log(speed.completions_per_s))  # (R, N)
+    peak = np.maximum(logs.max(axis=1, keepdims=True), 0.0)
+    weights, none = np.exp(logs - peak), np.exp(-peak)  # of n = 1 .. N, and of an empty server
+
+    at = limits - 1
+    full = speed.completions_per_s[at]  # (B,)
+    load = rate_per_s[:, None] / full
+    stable = load < 1
+    load = np.where(stable, load, np.nan)
+    last = weights[:, at]
+    beyond = last * load / (1 - load)  # weight of all n above the limit
+
+    def mean(values: Array) -> Array:
+        """Of what a server in state n does; a full one does it in every state above, too."""
+        total: Array = np.cumsum(weights * values, axis=1)[:, at] + beyond * values[at]
+        return total
+
+    total = none + np.cumsum(weights, axis=1)[:, at] + beyond
+    in_line = last * load / (1 - load) ** 2 / total  # mean number that wait
+    done = mean(speed.completions_per_s)
+    return Arrivals(
+        power_w=(none * speed.idle_w + mean(speed.power_w)) / total,
+        tpot_s=mean(speed.completions_per_s * speed.tpot_s) / done,
+        ttft_s=mean(speed.completions_per_s * speed.ttft_s) / done + in_line / rate_per_s[:, None],
+        running=mean(n.astype(np.float64)) / total,
+        idle_share=none / total,
+        waiting_share=(last + beyond) / total,
+    )
+
+
+def interpolated(limit: int, sizes: Array, values: Array) -> Array:
+    """Values at 1 .. limit of a quantity known at `sizes` (ascending): by powers of n between them, and held below."""
+    n = np.arange(1, limit + 1, dtype=np.float64)
+    found: Array = np.exp(np.interp(np.log(n), np.log(sizes), np.log(values)))
+    return found

@@ -1,0 +1,178 @@
+"""What can be deployed: degrees that vLLM accepts for a network, number formats, batch limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from energylens_vllm.einsum import Cascade
+from energylens_vllm.einsum.errors import EinsumError
+from energylens_vllm.energy import Deployment
+from energylens_vllm.energy.precision import widths
+from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.hardware.profile import GpuProfile, load_profile
+
+#: Batch limits (`max_num_seqs`) that are tried; between the last that fits and the first that does not, the most that
+#: memory holds is one more.
+MAX_NUM_SEQS = (
+    1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768,
+    896, 1024,
+)  # fmt: skip
+#: Tokens of a step (`max_num_batched_tokens`) that are tried.
+MAX_NUM_BATCHED_TOKENS = (2048, 4096, 8192, 16384)
+#: CUDA graphs are captured up to this size whatever the batch limit; the commands say so.
+MAX_CAPTURE_SIZE = 512
+CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_CAPTURE_SIZE + 1, 16))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a deployment. Lengths are means; latencies are bounds on means. `rate_per_s` are requests a
+    second of the whole deployment; None asks for as much as a full batch gives.
+
+    Raises EnergyLensError for what is not positive.
+    """
+
+    prompt_tokens: float
+    output_tokens: float
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    rate_per_s: float | None = None
+    prefix_cache_hit_rate: float = 0.0
+    max_model_len: int | None = None  #: longest request that has to fit; None: twice the mean
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "output_tokens"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 1):
+                raise EnergyLensError(f"{name}: {getattr(self, name)!r}; accepted: 1 or more")
+        for name, unit in (("ttft_s", "seconds"), ("tpot_s", "seconds"), ("rate_per_s", "requests a second")):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise EnergyLensError(f"{name}: {value!r} is not a positive number of {unit}")
+        if not 0 <= self.prefix_cache_hit_rate < 1:
+            raise EnergyLensError(
+                f"prefix_cache_hit_rate: {self.prefix_cache_hit_rate!r}; accepted: 0 up to, not including, 1"
+            )
+        if self.max_model_len is not None and self.max_model_len < self.prompt_tokens + self.output_tokens:
+            raise EnergyLensError(
+                f"max_model_len: {self.max_model_len} is shorter than prompt and output, "
+                f"{self.prompt_tokens + self.output_tokens:.0f} tokens"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request (`max_model_len`)."""
+        return self.max_model_len or math.ceil(2 * (self.prompt_tokens + self.output_tokens) / 16) * 16
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tried. `gpus` are profile names; `max_gpus` bounds the GPUs of a deployment with all its replicas, and
+    with `exactly` is their number. Of degrees and formats None means all that vLLM accepts for the network on the GPU.
+
+    Raises EnergyLensError for numbers that are not positive.
+    """
+
+    gpus: tuple[str, ...] = ("H200-SXM",)
+    max_gpus: int = 8
+    exactly: bool = False
+    tensor_parallel_size: tuple[int, ...] | None = None
+    pipeline_parallel_size: tuple[int, ...] | None = None
+    data_parallel_size: tuple[int, ...] | None = None
+    enable_expert_parallel: bool | None = None
+    quantization: tuple[str | None, ...] | None = None
+    kv_cache_dtype: tuple[str, ...] | None = None
+    max_num_seqs: tuple[int, ...] = MAX_NUM_SEQS
+    max_num_batched_tokens: tuple[int, ...] = MAX_NUM_BATCHED_TOKENS
+    gpu_memory_utilization: float = 0.9
+    power_limit_w: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.gpus:
+            raise EnergyLensError("gpus: none given")
+        for name in ("max_gpus", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+                     "max_num_seqs", "max_num_batched_tokens"):  # fmt: skip
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and value < 1:
+                    raise EnergyLensError(f"{name}: {value!r} is not a positive whole number")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise EnergyLensError(f"gpu_memory_utilization: {self.gpu_memory_utilization!r}; accepted: above 0, to 1")
+
+
+def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterator[Deployment]:
+    """Every way of running one engine of the network on up to `space.max_gpus` GPUs; `quantization` is what the
+    checkpoint is stored in.
+
+    Pipeline stages and, for dense networks, data-parallel ranks share nothing that replicas would not share, so data
+    parallelism inside an engine is tried for networks with experts only.
+    Raises EinsumError, an EnergyLensError, for a degree that was asked for and that the network cannot be split by.
+    """
+    experts = any(cascade.expert_rank(block) for block in cascade.blocks)
+    for gpu in dict.fromkeys(space.gpus):
+        profile = load_profile(gpu)
+        for tp, pp, dp, ep in _degrees(cascade, experts, space):
+            for method in _quantizations(quantization, profile, space):
+                for cache in _cache_types(profile, space):
+                    for limit in space.power_limit_w or (None,):
+                        yield Deployment(
+                            gpu=gpu,
+                            tensor_parallel_size=tp,
+                            pipeline_parallel_size=pp,
+                            data_parallel_size=dp,
+                            enable_expert_parallel=ep,
+                            quantization=method,
+                            kv_cache_dtype=cache,
+                            cudagraph_capture_sizes=CAPTURE_SIZES,
+                            power_limit_w=limit,
+                        )
+
+
+def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[tuple[int, int, int, bool]]:
+    every = range(1, space.max_gpus + 1)
+    ranks: Sequence[int] = space.data_parallel_size or (every if experts else (1,))
+    for tp in space.tensor_parallel_size or every:
+        for dp in ranks:
+            spread = (False, True) if experts and tp * dp > 1 else (False,)
+            if space.enable_expert_parallel is not None:
+                spread = (space.enable_expert_parallel and experts,)
+            for ep in spread:
+                asked = space.tensor_parallel_size is not None or space.data_parallel_size is not None
+                for pp in space.pipeline_parallel_size or every:
+                    asked_stages = space.pipeline_parallel_size is not None
+                    if tp * dp * pp <= space.max_gpus and _splits(cascade, tp, pp, dp, ep, asked or asked_stages):
+                        yield tp, pp, dp, ep
+
+
+def _splits(cascade: Cascade, tp: int, pp: int, dp: int, ep: bool, asked: bool) -> bool:
+    """Whether the network can be split so. Raises the error that says why not where the degrees were asked for."""
+    deployment = Deployment(
+        tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp, enable_expert_parallel=ep
+    )
+    try:
+        cascade.kernels(widths("bfloat16", None, "auto"), replace(deployment.mesh))
+    except EinsumError:
+        if asked:
+            raise
+        return False
+    return True
+
+
+def computes_fp8(profile: GpuProfile) -> bool:
+    """Whether the GPU's tensor cores multiply 8-bit floats faster than 16-bit ones (Ada, Hopper and later)."""
+    return profile["compute.fp8.peak_flops"] > profile["compute.bfloat16.peak_flops"]
+
+
+def _quantizations(stored: str | None, profile: GpuProfile, space: Space) -> Sequence[str | None]:
+    if space.quantization is not None:
+        return tuple(dict.fromkeys(stored if method is None else method for method in space.quantization))
+    if stored is not None:
+        return (stored,)
+    return (None, "fp8") if computes_fp8(profile) else (None,)
+
+
+def _cache_types(profile: GpuProfile, space: Space) -> Sequence[str]:
+    if space.kv_cache_dtype is not None:
+        return space.kv_cache_dtype
+    return ("auto", "fp8") if computes_fp8(profile) else ("auto",)
