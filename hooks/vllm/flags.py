@@ -10,6 +10,7 @@ import argparse
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -47,7 +48,11 @@ def install(arg_utils: ModuleType) -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = create_original(self, *args, **kwargs)
         if status.is_required():
-            check(vllm_config)
+            try:
+                check(vllm_config, log_stats=not self.disable_log_stats)
+            except RuntimeError as error:  # as for any other mistake on the command line
+                print(f"vllm: error: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
         return vllm_config
 
     arg_utils.EngineArgs.add_cli_args = staticmethod(add_cli_args)

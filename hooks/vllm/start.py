@@ -42,13 +42,18 @@ def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
         return None
 
 
-def check(vllm_config: Any) -> None:
+def check(vllm_config: Any, log_stats: bool) -> None:
     """Find out before the engines start whether they can be predicted.
 
     Raises RuntimeError if not, or if the settings are wrong, after `--plugin energylens`.
     """
     try:
-        started = _start(vllm_config, settings.load(vllm_config.additional_config))
+        chosen = settings.load(vllm_config.additional_config)
+        if not chosen.enabled:
+            raise EnergyLensError("enabled: false; accepted with --plugin energylens: true")
+        if not log_stats:
+            raise EnergyLensError("--disable-log-stats: what energylens finds out travels with vLLM's statistics")
+        started = _start(vllm_config, chosen)
         if started.predictor is None:
             raise EnergyLensError(started.problem)
     except EnergyLensError as error:

@@ -6,11 +6,13 @@ compiled code, so it also runs releases of which only the Python files are there
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ class Executed:
 
 
 class FakeExecutor(Executor):
-    """Of the size FAKE_BLOCKS (KV-cache blocks), taking FAKE_STEP_S seconds a step."""
+    """Of the size FAKE_BLOCKS (KV-cache blocks), taking FAKE_STEP_S seconds a step.
+
+    Each step is also written to a file of its engine in the folder FAKE_LOG, if that is set.
+    """
 
     supports_pp = True
 
@@ -44,6 +49,8 @@ class FakeExecutor(Executor):
         self._gpu = ThreadPoolExecutor(1)  # steps run one after the other, beside the scheduler
         self._step_s = float(os.environ.get("FAKE_STEP_S", "0"))
         draft = self.vllm_config.speculative_config
+        folder, engine = os.environ.get("FAKE_LOG"), self.vllm_config.parallel_config.data_parallel_index
+        self._log = None if folder is None else Path(folder) / f"{engine}.jsonl"
         self._num_drafts = draft.num_speculative_tokens if draft else 0
 
     # -- start-up -------------------------------------------------------------------------------------------------
@@ -121,6 +128,9 @@ class FakeExecutor(Executor):
             decodes = computed[name] >= prompt and new <= 1 + drafts.get(name, 0)
             requests[name] = (new, computed[name], decodes)
         self.executed.append(Executed(requests, sum(drafts.values())))
+        if self._log is not None:
+            with self._log.open("a") as log:
+                print(json.dumps([list(requests.values()), sum(drafts.values())]), file=log)
         sampled = [self._sample(name, new, computed[name], drafts) for name, new in output.num_scheduled_tokens.items()]
         names = list(output.num_scheduled_tokens)
         for name in output.finished_req_ids:

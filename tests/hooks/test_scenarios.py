@@ -7,7 +7,6 @@ as the executor saw them, one by one and without the plugin.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expected import expected
+from releases import TESTED, folder
 
 from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.serving.increments import GRID
@@ -70,37 +71,11 @@ def without_plugin(tiny_model: Path) -> Result:
     return result
 
 
-def expected(result: Result, model: EnergyModel) -> dict[str, float]:
-    """Sums over the executed steps, each predicted alone."""
-    sums: dict[str, list[float]] = {}
-    for requests, num_drafts in result["executed"]:
-        step = model.step([(new, computed) for new, computed, _ in requests], [decodes for *_, decodes in requests])
-        tokens = sum(new for new, *_ in requests)
-        decode_tokens = sum(new for new, _, decodes in requests if decodes)
-        phase = "mixed" if 0 < decode_tokens < tokens else "decode" if decode_tokens else "prefill"
-        for name, value in {
-            **{f"predicted_energy_joules_total {name}": joules for name, joules in step.phases.items()},
-            **{f"predicted_component_energy_joules_total {name}": joules for name, joules in step.components.items()},
-            "predicted_energy_bound_joules_total lower": step.interval_j[0],
-            "predicted_energy_bound_joules_total upper": step.interval_j[1],
-            "predicted_step_time_seconds_total": step.time_s,
-            "step_energy_joules_count": 1,
-            "step_time_ratio_count": 1,
-            f"steps_total {phase}": 1,
-            "tokens_total prefill": tokens - decode_tokens,
-            "tokens_total decode": decode_tokens,
-            "draft_tokens_total": num_drafts,
-        }.items():
-            sums.setdefault(f"energylens_{name}", []).append(value)
-    return {name: math.fsum(values) for name, values in sums.items()}
-
-
-@pytest.mark.parametrize("name", PREDICTED)
-def test_metrics_are_the_sum_of_the_steps(name: str, results: dict[str, Result], tiny_model: Path) -> None:
-    result = results[name]
+def check_sums(result: Result, model: Path) -> None:
+    """What /metrics shows are the sums of the executed steps' predictions, to a step of the grid."""
     shown = result["metrics"]
-    model = EnergyModel(tiny_model, Deployment(gpu="H200-SXM", **result["deployment"]))
-    sums = expected(result, model)
+    deployment = Deployment(gpu="H200-SXM", **result["deployment"])
+    sums = expected(result["executed"], EnergyModel(model, deployment))
     assert len(result["executed"]) >= 4
     assert {name: shown[name] for name in sums} == pytest.approx(sums, rel=0, abs=GRID)
     phases = sum(shown[f"energylens_predicted_energy_joules_total {phase}"] for phase in ("prefill", "decode"))
@@ -113,6 +88,26 @@ def test_metrics_are_the_sum_of_the_steps(name: str, results: dict[str, Result],
     assert not result["log"]
     assert not [name for name, value in shown.items() if "failures" in name and value]
     assert len(shown) <= MAX_SERIES_PER_ENGINE
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_metrics_are_the_sum_of_the_steps(name: str, results: dict[str, Result], tiny_model: Path) -> None:
+    check_sums(results[name], tiny_model)
+
+
+@pytest.mark.releases
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", TESTED)
+def test_other_releases(version: str, tiny_model: Path, without_plugin: Result) -> None:
+    faults = [name for name in FAULTS if name not in ("bad_settings", "unknown_gpu")]
+    path = os.pathsep.join((str(folder(version)), os.environ.get("PYTHONPATH", "")))
+    found = run(tiny_model, [*PREDICTED, *faults], PYTHONPATH=path.strip(os.pathsep))
+    for name in PREDICTED:
+        assert found[name]["vllm"] == version
+        check_sums(found[name], tiny_model)
+    for name in faults:
+        assert found[name]["tokens"] == without_plugin["tokens"]
+        assert len(found[name]["log"]) == 1
 
 
 def test_the_scheduler_is_a_subclass_of_the_configured_one(results: dict[str, Result]) -> None:
