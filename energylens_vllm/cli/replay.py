@@ -58,7 +58,8 @@ def summary(scores: list[Score]) -> dict[str, float]:
 
 def as_json(scores: list[Score]) -> dict[str, object]:
     def row(score: Score) -> dict[str, object]:
-        values: dict[str, object] = {name: getattr(score, name) for name in Score.__slots__}
+        names = (*Score.__slots__, "energy_error", "time_error")
+        values: dict[str, object] = {name: getattr(score, name) for name in names}
         return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
 
     whole = total("all", scores)

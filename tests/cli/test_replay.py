@@ -57,7 +57,9 @@ def test_errors_are_those_of_the_recording(
     assert result["time_error"] == pytest.approx(1 / slower - 1, abs=1e-6)
     assert result["energy_error"] == pytest.approx(1 / hungrier - 1, abs=1e-6)
     assert result["energy_mape"] == pytest.approx(abs(1 / hungrier - 1), abs=1e-6)
-    assert [phase["phase"] for phase in result["phases"]] == list(BATCHES)  # type: ignore[attr-defined]
+    phases: list[dict[str, Any]] = result["phases"]  # type: ignore[assignment]
+    assert [phase["phase"] for phase in phases] == list(BATCHES)
+    assert [phase["energy_error"] for phase in phases] == pytest.approx([1 / hungrier - 1] * 2, abs=1e-6)
     assert result["energy_interval_coverage"] == (1.0 if hungrier == 1.0 else pytest.approx(0.5, abs=0.5))
 
 
@@ -69,6 +71,7 @@ def test_steps_without_measurements_are_predicted(tmp_path: Path, capsys: pytest
     assert result["predicted_j"] == pytest.approx(sum(step.energy_j for step in steps))
     assert result["predicted_s"] == pytest.approx(sum(step.time_s for step in steps))
     assert "energy_mape" not in result
+    assert result["phases"][0]["energy_error"] is None  # type: ignore[index]
     assert main(["replay", "--config", MODEL, str(tmp_path / "steps.jsonl")]) == 0
     assert "nothing was measured" in capsys.readouterr().out
 
