@@ -5,9 +5,9 @@
     python benchmarks/accuracy.py DATA OPERATIONS                                 # the errors, fitted and held out
 
 Three sources, each the prior of the next: data sheets and cited constants; kernel times that fit_operations.py fitted;
-measured steps. H200-SXM is fitted on recordings of vLLM 0.25.1 (H200_RUNS); H100-SXM and B200-SXM on steady serving
-runs of the ML.ENERGY Benchmark v3 (vLLM 0.11.1), DATA/mlenergy_v3/calibration.csv, which is not part of this
-repository. A100-SXM-80GB and L40S have no measured steps: their energy is cited, or scaled from the H200's, and wide.
+measured steps. H200-SXM and H100-SXM are fitted on recordings of vLLM 0.25.1 (RUNS); H100-SXM, together with them, and
+B200-SXM on steady serving runs of the ML.ENERGY Benchmark v3 (vLLM 0.11.1), DATA/mlenergy_v3/calibration.csv, which is
+not part of this repository. A100-SXM-80GB and L40S have no measured steps: their energy is cited or scaled, and wide.
 """
 
 from __future__ import annotations
@@ -18,23 +18,37 @@ import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.architectures import build, load_config
+from energylens_vllm.architectures import quantization as quantization_of
 from energylens_vllm.calibrate.fit import fit
 from energylens_vllm.calibrate.recording import load
-from energylens_vllm.calibrate.windows import Windows, measured_windows
+from energylens_vllm.calibrate.windows import measured_windows
 from energylens_vllm.einsum import Cascade
 from energylens_vllm.energy.batch import Array
 from energylens_vllm.hardware.profile import PROFILES, Coefficient, GpuProfile
 
-RECORDINGS = pathlib.Path(__file__).parents[1] / "tests" / "data" / "h200_vllm"
-#: recording -> (model, quantization) of each run on the H200
-H200_RUNS = {"llama8b": ("llama-3.1-8b", None), "qwen30b": ("qwen3-30b-a3b", None)}
+RECORDINGS = pathlib.Path(__file__).parents[1] / "tests" / "data"
+#: GPU -> recording -> the model and what `Deployment` needs to know, of runs of vLLM 0.25.1 with random weights.
+#: In the two runs "collapsed", random weights made all tokens choose the same experts (docs/accuracy.md); they are not
+#: fitted, and not scored under mixed load, in which vLLM compiled kernels for new sizes all the time.
+RUNS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "H200-SXM": {"llama8b": ("llama-3.1-8b", {}), "qwen30b": ("qwen3-30b-a3b", {})},
+    "H100-SXM": {
+        "llama8b": ("llama-3.1-8b", {}),
+        "qwen30b": ("qwen3-30b-a3b", {}),
+        "qwen14b": ("qwen3-14b", {}),
+        "llama8b-eager": ("llama-3.1-8b", {"enforce_eager": True}),
+        "llama8b-fp8": ("llama-3.1-8b", {"quantization": "fp8"}),
+        "qwen30b-fp8": ("qwen3-30b-a3b", {"quantization": "fp8", "expert_routing": "collapsed"}),
+        "gptoss20b": ("gpt-oss-20b", {"expert_routing": "collapsed"}),
+    },
+}
 
 # -- what is known beforehand -------------------------------------------------------------------------------------
 
@@ -90,7 +104,7 @@ GUESSES = {
     "experts.padding_energy_share": (0.1, 0.7, "1", "energy of an empty row of a tile over that of a full one"),
     "attention.decode.tile_rows": (50.0, 0.3, "rows", "rows that a decode tile spends energy on"),
     "host.step_s": (1e-3, 0.5, "s", "host time of an empty step; hidden behind longer steps"),
-    "host.sequence_s": (3e-6, 0.5, "s", "host time of a decoding request"),
+    "host.sequence_s": (30e-6, 0.5, "s", "host time of a decoding request"),
     "host.prompt_s": (0.4e-3, 0.5, "s", "host time of a request in prefill: input preparation, sampling, output"),
     "host.launch_s": (48e-6, 0.5, "s", "host time to launch a kernel outside CUDA graphs"),
     "host.attention_s": (0.2e-3, 0.5, "s", "host time of an attention call outside full CUDA graphs"),
@@ -135,11 +149,6 @@ def prior(gpu: str, operations: pathlib.Path) -> GpuProfile:
         )
     for name, given in json.loads((operations / f"{gpu}.json").read_text()).items():
         coefficients[name] = Coefficient(given["value"], given["std"], given["unit"], given["source"])
-    for form in ("bfloat16", *FORMAT_ENERGY):  # TEMP: layer -> gemm
-        c = coefficients[f"experts.{form}.launch_s"]
-        coefficients[f"experts.{form}.launch_s"] = replace(c, value=max(c.value / 2 - 3e-6, 1e-6))
-        c = coefficients[f"experts.{form}.row_s"]
-        coefficients[f"experts.{form}.row_s"] = replace(c, value=c.value / 2)
     return GpuProfile(
         name=gpu, memory_bytes=sheet.memory_bytes, sm_count=sheet.sm_count, nvlink=sheet.nvlink, calibrated=False,
         coefficients=coefficients, calibrated_formats=(), std=dict(STD),
@@ -156,51 +165,80 @@ def cascade(model: str) -> Cascade:
 
 #: Coefficients that recorded steps may move, with the relative std of their prior: kernels that run back to back in
 #: CUDA graphs differ a little from replays of one, and energy is measured here first.
-H200_FREE = {
+FREE = {
     "linear.bfloat16.memory_efficiency": 0.05, "linear.bfloat16.compute_efficiency": 0.05,
     "linear.bfloat16.corner": 0.2, "linear.bfloat16.launch_s": 0.2,
-    "experts.bfloat16.memory_efficiency": 0.1, "experts.bfloat16.compute_efficiency": 0.2,
-    "experts.bfloat16.launch_s": 0.5, "experts.bfloat16.tile_s": 0.5, "experts.bfloat16.sm_load_bytes_per_s": 0.3,
     "elementwise.launch_s": 0.5, "elementwise.memory_efficiency": 0.3,
     "attention.decode.memory_efficiency": 0.05, "attention.decode.launch_s": 0.3,
     "attention.decode.sequence_head_s": 0.3, "attention.decode.tile_rows": 0.5,
     "attention.prefill.compute_efficiency": 0.1, "memory.l2_bytes": 0.5,
     "energy.memory_j_per_byte": 0.2, "energy.memory_core_share": 0.5, "energy.bfloat16.j_per_flop": 0.3,
-    "energy.attention.j_per_flop": 0.5, "experts.padding_energy_share": 0.7,
-    "power.static_w": 0.03, "power.voltage_floor": 0.5, "power.limit_share": 0.01, "power.floor_w": 0.2,
-    "host.prompt_s": 0.5, "host.launch_s": 0.5, "host.attention_s": 0.7, "host.experts_s": 0.5,
+    "energy.attention.j_per_flop": 0.5, "power.static_w": 0.03, "power.voltage_floor": 0.5,
+    "power.limit_share": 0.01, "power.floor_w": 0.2,
+    "host.step_s": 0.7, "host.sequence_s": 0.7, "host.prompt_s": 0.5, "host.launch_s": 0.5, "host.attention_s": 0.7,
 }  # fmt: skip
+#: More of them, where a run has experts, or weights in 8 bits or in mxfp4.
+FREE_EXPERTS = {
+    "experts.bfloat16.memory_efficiency": 0.1, "experts.bfloat16.compute_efficiency": 0.2,
+    "experts.bfloat16.launch_s": 0.5, "experts.bfloat16.tile_s": 0.5, "experts.bfloat16.sm_load_bytes_per_s": 0.3,
+    "experts.padding_energy_share": 0.7, "host.experts_s": 0.5,
+}  # fmt: skip
+FREE_FORMATS = {
+    "linear.fp8.memory_efficiency": 0.1, "linear.fp8.compute_efficiency": 0.15, "linear.fp8.launch_s": 0.3,
+    "linear.fp8.quantize_passes": 0.5, "linear.fp8.dispatch_s": 0.5, "energy.fp8.j_per_flop": 0.3,
+}  # fmt: skip
+
+
+def free_coefficients(runs: Sequence[Run]) -> dict[str, float]:
+    """What these runs can tell of."""
+    free = dict(FREE)
+    if any(kernel.experts for run in runs for kernel in cascade(run.model).kernels()):
+        free |= FREE_EXPERTS
+    if any(run.deployment.quantization == "fp8" for run in runs):
+        free |= FREE_FORMATS
+    return free
 
 
 class Run:
     """One recording and its model."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.model, self.quantization = H200_RUNS[name]
+    def __init__(self, gpu: str, name: str) -> None:
+        self.gpu, self.name = gpu, name
+        self.model, given = RUNS[gpu][name]
+        recording = load(RECORDINGS / f"{gpu.partition('-')[0].lower()}_vllm" / f"{name}_steps.npz")
+        sizes = recording.capture_sizes if not given.get("enforce_eager") else None
+        quantization = given.get("quantization") or quantization_of(load_config(self.model))
+        self.deployment = Deployment(
+            gpu=gpu, vllm_release="0.25.1", max_num_seqs=512, cudagraph_capture_sizes=sizes,
+            **(given | {"quantization": quantization}),
+        )  # fmt: skip
+        # Not EnergyModel's masks: the profile may not be made yet.
+        masks = [kernel.attention.mask for kernel in cascade(self.model).kernels() if kernel.attention]
+        self.windows = measured_windows(recording, list(dict.fromkeys(masks)))
+        self.fitted = self.deployment.expert_routing != "collapsed"
+        self.scored = np.array([self.fitted or not name.startswith("mix") for name in self.windows.names])
 
     def energy_model(self, profile: GpuProfile) -> EnergyModel:
-        return EnergyModel(cascade(self.model), Deployment(gpu=profile.name, quantization=self.quantization), profile)
-
-    @cached_property
-    def windows(self) -> Windows:
-        kernels = cascade(self.model).kernels()  # not EnergyModel's: the profile may not be made yet
-        masks = list(dict.fromkeys(kernel.attention.mask for kernel in kernels if kernel.attention))
-        return measured_windows(load(RECORDINGS / f"{self.name}_steps.npz"), masks)
+        return EnergyModel(cascade(self.model), self.deployment, profile)
 
     def errors(self, profile: GpuProfile) -> tuple[Array, Array]:
         """log(predicted / measured) of time and energy of each window."""
         seconds, joules = self.windows.predict(self.energy_model(profile))
-        return np.log(seconds / self.windows.busy_s), np.log(joules / self.windows.energy_j)
+        time_error, energy_error = np.log(seconds / self.windows.busy_s), np.log(joules / self.windows.energy_j)
+        return time_error[self.scored], energy_error[self.scored]
+
+    @property
+    def windows_scored(self) -> list[str]:
+        return [name for name, scored in zip(self.windows.names, self.scored, strict=True) if scored]
 
 
 def fit_steps(profile: GpuProfile, runs: Sequence[Run]) -> GpuProfile:
     names = ", ".join(run.name for run in runs)
     return fit(
         profile,
-        H200_FREE,
+        free_coefficients(runs),
         lambda trial: np.concatenate([error for run in runs for error in run.errors(trial)]),
-        f"fitted on recorded steps of vLLM 0.25.1 on one H200 ({names}), tests/data/h200_vllm",
+        f"fitted on recorded steps of vLLM 0.25.1 on one {profile.name} ({names}), tests/data",
     )
 
 
@@ -211,15 +249,16 @@ MLENERGY_MODELS = {
     "Qwen3-32B": "qwen3-32b", "235B": "qwen3-235b-a22b", "30B-A3B": "qwen3-30b-a3b",
 }  # fmt: skip
 MLENERGY_PROMPT = {"gpqa": 220, "lm-arena-chat": 700}
+#: What serving runs can tell: kernels and energies of their GPU, their hosts, and experts in blocks of fp8.
 MLENERGY_FREE = {
     "linear.bfloat16.memory_efficiency": 0.05, "linear.bfloat16.compute_efficiency": 0.05,
     "attention.decode.memory_efficiency": 0.05, "energy.memory_j_per_byte": 0.2, "energy.bfloat16.j_per_flop": 0.1,
-    "energy.attention.j_per_flop": 0.3, "power.static_w": 0.05, "power.voltage_floor": 0.2,
-    "power.limit_share": 0.01, "host.serial_s": 0.7, "host.serial_request_s": 0.7, "host.launch_s": 1.0,
-    "host.attention_s": 1.0, "host.experts_s": 1.0, "host.prompt_s": 1.0,
+    "energy.attention.j_per_flop": 0.3, "power.static_w": 0.05, "power.voltage_floor": 0.2, "power.limit_share": 0.01,
+    "host.serial_s": 0.7, "host.serial_request_s": 0.7, "host.launch_s": 0.5, "host.attention_s": 0.5,
+    "host.experts_s": 0.5, "host.prompt_s": 0.5,
     "experts.bfloat16.memory_efficiency": 0.1, "experts.bfloat16.compute_efficiency": 0.2,
     "experts.bfloat16.launch_s": 0.5, "experts.padding_energy_share": 1.0, "experts.fp8.memory_efficiency": 0.3,
-    "experts.fp8.compute_efficiency": 0.3, "energy.fp8.j_per_flop": 0.3,
+    "experts.fp8.compute_efficiency": 0.3,
 }  # fmt: skip
 
 
@@ -288,24 +327,34 @@ def row_errors(rows: Sequence[Row], profile: GpuProfile) -> tuple[Array, Array]:
     return times, energies
 
 
-def fit_serving(profile: GpuProfile, rows: Sequence[Row]) -> GpuProfile:
+def fit_serving(profile: GpuProfile, rows: Sequence[Row], runs: Sequence[Run] = ()) -> GpuProfile:
+    """Fit rows, and recorded steps of the same GPU together with them."""
+    source = (
+        "fitted on serving runs of the ML.ENERGY Benchmark v3 (Chung et al., NeurIPS 2025 D&B, arXiv 2505.06371; "
+        f"Apache-2.0), vLLM 0.11.1, {len(rows)} rows"
+    )
+    if runs:
+        source += f", and recorded steps of vLLM 0.25.1 on one {profile.name}, tests/data"
     return fit(
         profile,
-        MLENERGY_FREE,
-        lambda trial: np.concatenate(row_errors(rows, trial)),
-        "fitted on serving runs of the ML.ENERGY Benchmark v3 (Chung et al., NeurIPS 2025 D&B, arXiv 2505.06371; "
-        f"Apache-2.0), vLLM 0.11.1, {len(rows)} rows",
+        (free_coefficients(runs) if runs else {}) | MLENERGY_FREE,
+        lambda trial: np.concatenate(
+            [*row_errors(rows, trial), *(error for run in runs for error in run.errors(trial))]
+        ),
+        source,
     )
 
 
 # -- the profiles -------------------------------------------------------------------------------------------------
 
-#: Energy and host coefficients that GPUs without recorded steps take over from the H200's fit.
+#: What one Hopper GPU tells of the other, and of GPUs whose steps nobody recorded: energies on the die, the host.
 TRANSFERRED = (
     "energy.memory_core_share", "energy.bfloat16.j_per_flop", "energy.attention.j_per_flop", "power.voltage_floor",
-    "power.limit_share", "experts.padding_energy_share", "attention.decode.tile_rows", "host.prompt_s", "host.launch_s",
-    "host.attention_s", "host.experts_s", "elementwise.launch_s", "elementwise.memory_efficiency",
+    "power.limit_share", "experts.padding_energy_share", "attention.decode.tile_rows", "elementwise.launch_s",
+    "host.step_s", "host.sequence_s", "host.prompt_s", "host.launch_s", "host.attention_s", "host.experts_s",
 )  # fmt: skip
+#: Kernels in 8 bits that were recorded on the H100 and have no table of the H200, with the same SMs.
+HOPPER_FP8 = tuple(FREE_FORMATS)
 
 
 def half_width_std(errors: Array) -> float:
@@ -313,50 +362,72 @@ def half_width_std(errors: Array) -> float:
     return round(max(float(np.quantile(np.abs(errors), 0.9)) / 1.645, 0.015), 4)
 
 
-def held_out_steps(start: GpuProfile, runs: Sequence[Run]) -> dict[str, tuple[Array, Array]]:
-    """(time, energy) errors of each run, predicted from a fit on the others."""
-    return {run.name: run.errors(fit_steps(start, [other for other in runs if other is not run])) for run in runs}
+def recorded_runs(gpu: str) -> list[Run]:
+    """The runs of a GPU that fits may use."""
+    return [run for run in (Run(gpu, name) for name in RUNS[gpu]) if run.fitted]
 
 
-def held_out_rows(start: GpuProfile, rows: Sequence[Row]) -> dict[str, tuple[Array, Array]]:
-    """(time, energy) errors of each series of rows, predicted from a fit on the other series."""
+def held_out_runs(start: GpuProfile, runs: Sequence[Run]) -> dict[str, tuple[Array, Array]]:
+    """(time, energy) errors of each run, predicted from a fit on the runs of other models."""
+    fits = {
+        model: fit_steps(start, [run for run in runs if run.model != model]) for model in {run.model for run in runs}
+    }
+    return {run.name: run.errors(fits[run.model]) for run in runs}
+
+
+def held_out_rows(start: GpuProfile, rows: Sequence[Row], runs: Sequence[Run] = ()) -> dict[str, tuple[Array, Array]]:
+    """(time, energy) errors of each series of rows, predicted from a fit on the other series (and `runs`)."""
     found = {}
     for series in dict.fromkeys(row.series for row in rows):
         rest = [row for row in rows if row.series != series]
-        found[series] = row_errors([row for row in rows if row.series == series], fit_serving(start, rest))
+        found[series] = row_errors([row for row in rows if row.series == series], fit_serving(start, rest, runs))
     return found
 
 
-def h200(operations: pathlib.Path) -> GpuProfile:
-    runs = [Run(name) for name in H200_RUNS]
-    start = prior("H200-SXM", operations)
-    fitted = fit_steps(start, runs)
-    # The tables of experts were taken at the power limit (as those of GEMMs: docs/profiles.md), steps tell by how much.
-    ratio = fitted["experts.bfloat16.compute_efficiency"] / start["experts.bfloat16.compute_efficiency"]
-    fitted = fitted.with_values(
-        {
-            name: fitted[name] * ratio
-            for name in ("experts.fp8.compute_efficiency", "experts.fp8_block.compute_efficiency")
-        },
-        f"{start.coefficients['experts.fp8.compute_efficiency'].source}; times {ratio:.2f}, as bf16's from table to steps",
+def spread(start: GpuProfile, runs: Sequence[Run]) -> dict[str, float]:
+    """Relative stds by quantity, kind of network and phase, of what fits miss on models that they have not seen."""
+    collected: dict[str, list[float]] = {}
+    for run, errors in zip(runs, held_out_runs(start, runs).values(), strict=True):
+        kind = "experts" if any(kernel.experts for kernel in cascade(run.model).kernels()) else "dense"
+        for quantity, error in zip(("time", "energy"), errors, strict=True):
+            for window, value in zip(run.windows_scored, error, strict=True):
+                for phase in ("decode", "prefill"):
+                    if window.startswith(phase) or not window.startswith(("decode", "prefill")):
+                        collected.setdefault(f"{quantity}.{kind}.{phase}", []).append(value)
+    return {name: half_width_std(np.array(errors)) for name, errors in collected.items()}
+
+
+def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuProfile]:
+    """(the profile, and what its recorded steps alone give)."""
+    start, runs = prior("H100-SXM", operations), recorded_runs("H100-SXM")
+    steps = fit_steps(start, runs)
+    fitted = fit_serving(steps, mlenergy_rows(data, "H100-SXM"), runs)
+    std = STD | spread(start, runs)
+    return (
+        replace(fitted, calibrated=True, calibrated_formats=("bfloat16", "fp8"), vllm_release="0.11.1", std=std),
+        steps,
     )
-    std = dict(STD)
-    for run in runs:
-        kind = "experts" if any(kernel.experts for kernel in run.energy_model(fitted).cascade.kernels()) else "dense"
-        errors = dict(zip(("time", "energy"), held_out_steps(start, runs)[run.name], strict=True))
-        for phase in ("decode", "prefill"):
-            of_phase = np.array([name.startswith(phase) for name in run.windows.names])
-            for quantity, error in errors.items():
-                std[f"{quantity}.{kind}.{phase}"] = half_width_std(error[of_phase])
-    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16",), std=std)
+
+
+def h200(operations: pathlib.Path, hopper: GpuProfile) -> GpuProfile:
+    """`hopper`: the H100's recorded steps, for what was not recorded on the H200."""
+    tables, runs = prior("H200-SXM", operations), recorded_runs("H200-SXM")
+    source = "fitted on recorded steps of vLLM 0.25.1 on one H100, tests/data: the same SMs"
+    start = tables.with_values({name: hopper[name] for name in (*TRANSFERRED, *HOPPER_FP8)}, source)
+    fitted = fit_steps(start, runs)
+    # 8-bit arithmetic costs here what it does there, relative to bf16.
+    share = hopper["energy.fp8.j_per_flop"] / hopper["energy.bfloat16.j_per_flop"]
+    fitted = fitted.with_values(
+        {"energy.fp8.j_per_flop": fitted["energy.bfloat16.j_per_flop"] * share}, f"{share:.2f} of bf16, as {source}"
+    )
+    std = STD | spread(tables, runs)
+    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16", "fp8"), std=std)
 
 
 def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProfile:
     """The prior of a GPU with the energies and host times that were fitted on another."""
-    start = prior(gpu, operations)
     source = f"fitted on the {known.name}, not measured on this GPU"
-    values = {name: known[name] for name in TRANSFERRED}
-    start = start.with_values(values, source)
+    start = prior(gpu, operations).with_values({name: known[name] for name in TRANSFERRED}, source)
     energies = {
         f"energy.{form}.j_per_flop": known["energy.bfloat16.j_per_flop"] * share
         for form, share in FORMAT_ENERGY.items()
@@ -364,45 +435,38 @@ def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProf
     return start.with_values(energies, f"{source}; scaled from bf16 by the operands' width")
 
 
-def served(known: GpuProfile, gpu: str, operations: pathlib.Path, data: pathlib.Path) -> GpuProfile:
-    rows = mlenergy_rows(data, gpu)
-    start = start_from(known, gpu, operations)
+def b200(operations: pathlib.Path, data: pathlib.Path, known: GpuProfile) -> GpuProfile:
+    rows = mlenergy_rows(data, "B200-SXM")
+    start = replace(start_from(known, "B200-SXM", operations), vllm_release="0.11.1")
     fitted = fit_serving(start, rows)
     std = dict(STD)
     held_out = held_out_rows(start, rows)
     for kind in ("dense", "experts"):
-        chosen = [errors for series, errors in held_out.items() if ("-a" in series) == (kind == "experts")]
+        chosen = [errors for series, errors in held_out.items() if ("-a" in series.split()[2]) == (kind == "experts")]
         for quantity, errors in zip(("time", "energy"), zip(*chosen, strict=True), strict=True):
             for phase in ("decode", "prefill"):
                 std[f"{quantity}.{kind}.{phase}"] = half_width_std(np.concatenate(errors))
-    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16",), vllm_release="0.11.1", std=std)
+    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16",), std=std)
 
 
-def unmeasured(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProfile:
+def unmeasured(operations: pathlib.Path, gpu: str, known: GpuProfile) -> GpuProfile:
     """A GPU whose steps nobody measured here: the intervals of the H200's and, with the flag, much wider ones."""
-    start = start_from(known, gpu, operations)
-    return replace(start, std=known.std)
+    return replace(start_from(known, gpu, operations), std=known.std)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=pathlib.Path, help="folder with mlenergy_v3/calibration.csv")
     parser.add_argument("operations", type=pathlib.Path, help="folder that fit_operations.py --json wrote")
-    parser.add_argument("--gpu", choices=sorted(SHEETS), help="only this one (the H200's is fitted all the same)")
     args = parser.parse_args()
-    known = h200(args.operations)
-    made = {
-        "H200-SXM": lambda: known,
-        "H100-SXM": lambda: served(known, "H100-SXM", args.operations, args.data),
-        "B200-SXM": lambda: served(known, "B200-SXM", args.operations, args.data),
-        "A100-SXM-80GB": lambda: unmeasured(known, "A100-SXM-80GB", args.operations),
-        "L40S": lambda: unmeasured(known, "L40S", args.operations),
-    }
-    for gpu, make in made.items():
-        if args.gpu in (None, gpu):
-            path = PROFILES / f"{gpu}.json"
-            path.write_text(json.dumps(make().to_json(), indent=1) + "\n")
-            print(f"wrote {path}")
+    profile, hopper = h100(args.operations, args.data)
+    known = h200(args.operations, hopper)
+    made = [profile, known, b200(args.operations, args.data, known)]
+    made += [unmeasured(args.operations, gpu, known) for gpu in ("A100-SXM-80GB", "L40S")]
+    for each in made:
+        path = PROFILES / f"{each.name}.json"
+        path.write_text(json.dumps(each.to_json(), indent=1) + "\n")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

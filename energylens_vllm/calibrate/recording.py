@@ -89,7 +89,8 @@ class Recording:
         """The window from the first to the last counter reading in `steps`, so that its energy is not interpolated."""
         phase, here = self.phases[self.phase[steps[0]]], slice(steps.start, steps.stop)
         start_s, end_s = ran_from_s[here], self.end_s[here]
-        last_end_s = np.fmax.reduce(end_s)
+        # The output of the phase's last step is taken when the next phase steps, which may be a pause later.
+        last_end_s = np.fmax.reduce(end_s[:-1]) if len(end_s) > 1 else end_s[0]
         first, last = np.searchsorted(self.counter[:, 0], [start_s[0] + SETTLE_S, last_end_s])
         if (
             np.isnan(last_end_s)

@@ -14,6 +14,10 @@ from energylens_vllm.energy import EnergyModel
 from energylens_vllm.energy.batch import Array, Steps, steps_from_arrays
 
 
+#: Phases between the loads of a recording: caches fill, kernels are compiled, queues run empty.
+TRANSIENT = ("warm", "fill", "flush", "drain")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
     """W windows and all of their steps.
@@ -40,7 +44,7 @@ class Windows:
 
 
 def measured_windows(recording: Recording, masks: Sequence[Mask], most_steps: int = 200) -> Windows:
-    """The windows of a recording in which something was measured. Of more than `most_steps` steps alike in kind (one
+    """The windows of a recording in which a load was measured. Of more than `most_steps` steps alike in kind (one
     phase), evenly spaced ones stand for all."""
     names: list[str] = []
     chosen: list[npt.NDArray[np.int64]] = []
@@ -50,7 +54,7 @@ def measured_windows(recording: Recording, masks: Sequence[Mask], most_steps: in
     for window in recording.windows():
         index = np.array(window.steps)[window.shares > 0]
         index = index[np.diff(recording.offsets)[index] > 0]
-        if window.energy_j != window.energy_j or not len(index):
+        if window.phase in TRANSIENT or window.energy_j != window.energy_j or not len(index):
             continue
         share = window.shares[index - window.steps.start]
         if len(index) > most_steps and window.phase.startswith(("decode", "prefill")):

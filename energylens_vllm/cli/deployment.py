@@ -20,9 +20,11 @@ _FLAGS: dict[str, tuple[dict[str, object], str]] = {
     "max_num_batched_tokens": ({"type": int, "metavar": "N"}, "most tokens of a step"),
     "max_num_seqs": ({"type": int, "metavar": "N"}, "most requests of a step"),
     "enforce_eager": ({"action": "store_true"}, "without CUDA graphs"),
+    "expert_routing": ({"metavar": "HOW"}, "uniform, zipf:ALPHA, collapsed, or the path of a file of counts"),
+    "vllm_release": ({"metavar": "X.Y.Z"}, "release of vLLM (default: the one that the profile was measured with)"),
     "async_scheduling": (
         {"action": argparse.BooleanOptionalAction},
-        "whether the host schedules a step while the one before runs (default: as when the profile was calibrated)",
+        "whether the host schedules a step while the one before runs (default: as that release does)",
     ),
     "cudagraph_capture_sizes": (
         {"type": int, "nargs": "+", "metavar": "N"},

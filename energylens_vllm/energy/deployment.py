@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -27,7 +28,8 @@ class Deployment:
     """Where and how a model is served. Field names and defaults are vLLM's wherever vLLM has one.
 
     `gpu` is a profile's name ("H200-SXM") or the path of a profile's JSON. `power_limit_w` None means the profile's;
-    `async_scheduling` None means as when the profile was calibrated.
+    `vllm_release` ("0.25.1") None means the one that the profile was measured with, and `async_scheduling` None what is
+    that release's default. `expert_routing`: how tokens spread over experts, see `Routing.parse`.
     Raises EnergyLensError naming the field, the value and what is accepted.
     """
 
@@ -43,6 +45,8 @@ class Deployment:
     max_num_seqs: int = 1024
     enforce_eager: bool = False
     async_scheduling: bool | None = None
+    vllm_release: str | None = None
+    expert_routing: str = "uniform"
     cudagraph_capture_sizes: Sequence[int] | None = None
     power_limit_w: float | None = None
 
@@ -60,6 +64,8 @@ class Deployment:
             raise unknown("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if self.power_limit_w is not None and not self.power_limit_w > 0:
             raise EnergyLensError(f"power_limit_w: {self.power_limit_w!r} is not a positive number of watts")
+        if self.vllm_release is not None and not re.match(r"\d+\.\d+", self.vllm_release):
+            raise EnergyLensError(f"vllm_release: {self.vllm_release!r} is not a release such as '0.25.1'")
         sizes = self.cudagraph_capture_sizes
         if sizes is not None:
             if any(not isinstance(size, int) or size < 1 for size in sizes):

@@ -7,7 +7,7 @@ import numpy as np
 from energylens_vllm.einsum.kernel import AttentionShape, Kernel
 from energylens_vllm.energy import timing
 from energylens_vllm.energy.batch import Array
-from energylens_vllm.energy.timing import Timed, roofline
+from energylens_vllm.energy.timing import Timed
 from energylens_vllm.hardware.profile import GpuProfile
 
 #: Bytes per element of a weight and of the other operand as the tensor cores take them, by format.
@@ -52,28 +52,13 @@ def experts(
     shape, gemm = kernel.experts, kernel.gemm
     assert shape is not None
     assert gemm is not None
-    name = f"experts.{form}."
     weight, operand = OPERANDS[form]
     tile_rows = expert_tile_rows(p.small_expert_tiles, form, choices / shape.selected, shape.local)
-    hbm = p["memory.bandwidth_bytes_per_s"] * p[name + "memory_efficiency"]
-    flops_per_s = p[f"compute.{form}.peak_flops"] * p[name + "compute_efficiency"]
-    memory_s = (kernel.weight_bytes * active / shape.local + moved) / hbm
-    grid = np.where(choices < shape.total, choices, (choices + shape.total * (tile_rows - 1)) / tile_rows)
-    blocks = padded_rows / tile_rows
-    empty = np.maximum(grid - blocks, 0.0) * p[name + "empty_tile_s"]
-    fastest = np.inf
-    for narrow in (True, False):
-        columns = np.where(tile_rows < 128, 64.0 if narrow else 128.0, 128.0 if narrow else 256.0)
-        across = np.ceil(gemm.n / columns)
-        flops = 2.0 * np.maximum(tile_rows, timing.TILE_ROWS) * columns * gemm.k
-        loaded = (tile_rows * operand + columns * weight) * gemm.k
-        block_s = (
-            np.maximum(flops * p.sm_count / flops_per_s, loaded / p[name + "sm_load_bytes_per_s"]) + p[name + "tile_s"]
-        )
-        waves = np.maximum(blocks * across / p.sm_count, np.minimum(blocks, 1.0))
-        fastest = np.minimum(fastest, waves * block_s + empty * across / p.sm_count)
-    timed = roofline(memory_s, fastest, p[name + "corner"])
-    return Timed(timed.time_s + p[name + "launch_s"] + choices * p[name + "row_s"], timed.clocked_s)
+    return timing.expert_gemm(
+        p, form, p.sm_count, choices, kernel.weight_bytes * active / shape.local, moved, [(tile_rows, padded_rows)],
+        n=gemm.n, k=gemm.k, total=shape.total, bytes_per_weight=weight, input_bytes=operand,
+        quantized_rows=choices * shape.local / shape.total if operand < 2 else None,
+    )  # fmt: skip
 
 
 def elementwise(p: GpuProfile, moved: Array) -> Timed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -89,6 +89,8 @@ class EnergyModel:
         self.cascade, quantization = _cascade(config, deployment)
         self.quantization = quantization
         self.profile = profile or load_profile(deployment.gpu)
+        if deployment.vllm_release is not None:
+            self.profile = replace(self.profile, vllm_release=deployment.vllm_release)
         mesh = deployment.mesh
         element = widths(deployment.dtype, quantization, deployment.kv_cache_dtype)
         kernels = self.cascade.kernels(element, mesh)
@@ -211,7 +213,7 @@ class EnergyModel:
         shape = kernel.experts
         assert shape is not None
         form = kernel_format(format_of(self.quantization), kernel)
-        table = _load_table(shape, form, self.profile.small_expert_tiles)
+        table = _load_table(shape, form, self.profile.small_expert_tiles, self.deployment.expert_routing)
         return table(tokens * self.deployment.data_parallel_size)
 
     def _exchange(self, kernel: Kernel, message_bytes: Array) -> Exchanged:
@@ -220,9 +222,9 @@ class EnergyModel:
 
 
 @cache
-def _load_table(shape: ExpertShape, form: str, small_tiles: bool) -> LoadTable:
+def _load_table(shape: ExpertShape, form: str, small_tiles: bool, routing: str) -> LoadTable:
     return LoadTable.build(
-        Routing.uniform(shape.total, shape.selected),
+        Routing.parse(routing, shape.total, shape.selected),
         Placement.linear(shape.total, round(shape.total / shape.local)),
         lambda tokens: expert_tile_rows(small_tiles, form, tokens, shape.local),
     )

@@ -86,10 +86,13 @@ class Routing:
 
     @classmethod
     def parse(cls, spec: str | os.PathLike[str], experts: int, selected: int) -> Routing:
-        """From a setting: "uniform", "zipf:1.2", or the path of a file of counts (see `read_counts`)."""
+        """From a setting: "uniform", "zipf:1.2", "collapsed" (all tokens choose the same experts, as random weights
+        may), or the path of a file of counts (see `read_counts`)."""
         text = os.fspath(spec)
         if text == "uniform":
             return cls.uniform(experts, selected)
+        if text == "collapsed":
+            return cls.of_counts(np.arange(experts) < selected, selected)
         if text.startswith("zipf:"):
             try:
                 alpha = float(text.removeprefix("zipf:"))
@@ -118,7 +121,7 @@ def read_counts(path: str | os.PathLike[str]) -> Array:
         return np.atleast_2d(np.asarray(counts, dtype=np.float64))
     except FileNotFoundError:
         raise EnergyLensError(
-            f'routing: no file {os.fspath(path)!r}; accepted: "uniform", "zipf:ALPHA", or a file of counts'
+            f'routing: no file {os.fspath(path)!r}; accepted: "uniform", "zipf:ALPHA", "collapsed", or a file of counts'
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise EnergyLensError(

@@ -126,9 +126,8 @@ class GpuStep:
             k.count * profile["host.experts_s" if k.family == "experts" else "host.launch_s"] for k in rest
         )
         #: host work between steps, for each step and for each of its requests
-        self.serial_s = (0.0, 0.0) if async_scheduling else (profile["host.serial_s"], profile["host.serial_request_s"])
-        if async_scheduling is None and profile.async_scheduling:
-            self.serial_s = (0.0, 0.0)
+        hidden = profile.async_scheduling if async_scheduling is None else async_scheduling
+        self.serial_s = (0.0, 0.0) if hidden else (profile["host.serial_s"], profile["host.serial_request_s"])
         self.power = Power(
             static_w=profile["power.static_w"],
             floor_w=profile["power.floor_w"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import vllm
+
 from energylens_vllm.serving.start import Engine
 
 #: speculative methods that draft on the CPU from the text so far; the others run a model that is not predicted
@@ -34,6 +36,7 @@ def describe(vllm_config: Any) -> Engine:
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
             "max_num_seqs": scheduler.max_num_seqs,
             "enforce_eager": model.enforce_eager,
+            "vllm_release": vllm.__version__,
             # vLLM's CPU platform switches it off, which says nothing of the GPU that is predicted for there.
             "async_scheduling": scheduler.async_scheduling if device_name else None,
             "cudagraph_capture_sizes": _capture_sizes(compilation),
