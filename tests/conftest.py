@@ -19,6 +19,7 @@ AVAILABLE: dict[str, Callable[[], bool]] = {
     "vllm": lambda: importlib.util.find_spec("vllm") is not None,
     "releases": lambda: importlib.util.find_spec("vllm") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None and shutil.which("promtool") is not None,
+    "chromium": lambda: shutil.which("chromium") is not None,
 }
 
 

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # In CI, installs the programs that some tests drive; elsewhere says which tests will be skipped for want of them.
 set -euo pipefail
-if ! { command -v prometheus && command -v promtool; } >/dev/null; then
+missing=()
+if ! { command -v prometheus && command -v promtool; } >/dev/null; then missing+=(prometheus); fi
+if ! command -v chromium >/dev/null; then missing+=(chromium); fi
+if [ ${#missing[@]} -gt 0 ]; then
     if [ -n "${CI:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "Installing Prometheus" >&2
+        echo "Installing ${missing[*]}" >&2
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-            prometheus; } >/dev/null
+            "${missing[@]}"; } >/dev/null
     else
-        echo "Prometheus is not found: the tests that need it will be skipped" >&2
+        echo "Not found: ${missing[*]}; the tests that need them will be skipped" >&2
     fi
 fi

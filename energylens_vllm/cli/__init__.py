@@ -21,6 +21,8 @@ from energylens_vllm.errors import EnergyLensError
 
 COMMANDS = {
     "predict": "time, energy and power of one engine step",
+    "explore": "find the deployments that serve a load with least energy",
+    "compare": "what another fusion of a network saves",
     "replay": "predict recorded steps and score them against what was measured",
     "doctor": "check vLLM, the plugin, the GPUs and the settings of this machine",
     "models": "list the models that are known by name",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from energylens_vllm.einsum import Cascade
+from energylens_vllm.einsum import Cascade, Mesh, Widths
 from energylens_vllm.einsum.errors import EinsumError
 from energylens_vllm.energy import Deployment
-from energylens_vllm.energy.precision import widths
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
@@ -131,27 +130,29 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
 
 def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[tuple[int, int, int, bool]]:
     every = range(1, space.max_gpus + 1)
-    ranks: Sequence[int] = space.data_parallel_size or (every if experts else (1,))
     for tp in space.tensor_parallel_size or every:
-        for dp in ranks:
-            spread = (False, True) if experts and tp * dp > 1 else (False,)
-            if space.enable_expert_parallel is not None:
-                spread = (space.enable_expert_parallel and experts,)
-            for ep in spread:
-                asked = space.tensor_parallel_size is not None or space.data_parallel_size is not None
-                for pp in space.pipeline_parallel_size or every:
-                    asked_stages = space.pipeline_parallel_size is not None
-                    if tp * dp * pp <= space.max_gpus and _splits(cascade, tp, pp, dp, ep, asked or asked_stages):
+        if not _splits(cascade, Mesh(tp=tp), asked=space.tensor_parallel_size is not None):
+            continue
+        for pp in space.pipeline_parallel_size or every:
+            if not _splits(cascade, Mesh(tp=tp, pp=pp), asked=space.pipeline_parallel_size is not None):
+                continue
+            for dp in space.data_parallel_size or (every if experts else (1,)):
+                if tp * pp * dp > space.max_gpus:
+                    continue
+                for ep in (False, True):
+                    wanted = space.enable_expert_parallel
+                    if ep and (not experts or tp * dp == 1 or wanted is False):
+                        continue
+                    if not ep and wanted and experts and tp * dp > 1:
+                        continue
+                    if _splits(cascade, Mesh(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep else 1), asked=False):
                         yield tp, pp, dp, ep
 
 
-def _splits(cascade: Cascade, tp: int, pp: int, dp: int, ep: bool, asked: bool) -> bool:
-    """Whether the network can be split so. Raises the error that says why not where the degrees were asked for."""
-    deployment = Deployment(
-        tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp, enable_expert_parallel=ep
-    )
+def _splits(cascade: Cascade, mesh: Mesh, asked: bool) -> bool:
+    """Whether the network can be split so. Raises the error that says why not where the degree was asked for."""
     try:
-        cascade.kernels(widths("bfloat16", None, "auto"), replace(deployment.mesh))
+        cascade.kernels(Widths(), mesh)
     except EinsumError:
         if asked:
             raise

@@ -1,0 +1,193 @@
+"""What is tried, what is kept, and that the best is the best."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from energylens_vllm import EnergyLensError, EnergyModel
+from energylens_vllm.explore import Exploration, Load, Space, explore
+from energylens_vllm.explore.space import engines
+
+LOAD = Load(1000, 300, ttft_s=1.0, tpot_s=0.05)
+H100 = Space(gpus=("H100-SXM",))
+
+
+@pytest.fixture(scope="module")
+def found() -> Exploration:
+    return explore("llama-3.1-70b", LOAD, H100)
+
+
+def degrees(model: str, space: Space) -> set[tuple[int, int, int, bool]]:
+    cascade = EnergyModel(model).cascade
+    return {
+        (d.tensor_parallel_size, d.pipeline_parallel_size, d.data_parallel_size, d.enable_expert_parallel)
+        for d in engines(cascade, None, space)
+    }
+
+
+def test_degrees_are_those_that_divide_the_heads() -> None:
+    dense = degrees("llama-3.1-70b", Space(max_gpus=8))
+    assert {tp for tp, *_ in dense} == {1, 2, 4, 8}
+    assert {pp for _, pp, *_ in dense} == set(range(1, 9))
+    assert {(dp, ep) for *_, dp, ep in dense} == {(1, False)}, "replicas do what data parallelism would"
+    assert all(tp * pp * dp <= 8 for tp, pp, dp, _ in dense)
+
+
+def test_experts_are_spread_in_every_way() -> None:
+    experts = degrees("qwen3-30b-a3b", Space(max_gpus=4))
+    assert {(1, 1, 4, True), (1, 1, 4, False), (2, 1, 2, True), (4, 1, 1, True), (4, 1, 1, False)} <= experts
+    assert (1, 1, 1, True) not in experts
+
+
+def test_formats_are_those_that_the_gpu_computes_in(found: Exploration) -> None:
+    cascade = EnergyModel("llama-3.1-8b").cascade
+    hopper, ampere = (
+        {(d.quantization, d.kv_cache_dtype) for d in engines(cascade, None, Space(gpus=(gpu,), max_gpus=1))}
+        for gpu in ("H100-SXM", "A100-SXM-80GB")
+    )
+    assert hopper == {(None, "auto"), (None, "fp8"), ("fp8", "auto"), ("fp8", "fp8")}
+    assert ampere == {(None, "auto")}
+    stored = {d.quantization for d in engines(cascade, "fp8_per_block", Space(max_gpus=1))}
+    assert stored == {"fp8_per_block"}, "a quantized checkpoint is served as it is"
+
+
+def test_what_is_kept_fits_and_carries_the_load(found: Exploration) -> None:
+    table = found.deployments
+    assert len(table) > 2000
+    for index in np.flatnonzero(found.feasible)[::97]:
+        engine, running, budget = found.evaluate(int(index))
+        assert running <= engine.memory.most_running(1000, 300, budget, int(table.max_num_seqs[index]))
+        assert table.tpot_s[index] <= 0.05
+        assert table.ttft_s[index] <= 1.0
+    assert 0 < found.front.sum() < found.feasible.sum() < len(table)
+
+
+def test_every_row_is_what_serving_predicts(found: Exploration) -> None:
+    table = found.deployments
+    for index in range(0, len(table), 401):
+        model = found.engines[table.engine[index]].model
+        budget = int(table.max_num_batched_tokens[index])
+        deployment = type(model.deployment)(
+            **{**{n: getattr(model.deployment, n) for n in model.deployment.accepted()},
+               "max_num_batched_tokens": budget}
+        )  # fmt: skip
+        one = EnergyModel(model.cascade, deployment).serving(int(table.max_num_seqs[index]), 1000, 300,
+                                                             prefix_cache_hit_rate=0.0)  # fmt: skip
+        assert table.token_j[index] == pytest.approx(one.energy_per_output_token_j)
+        assert table.power_w[index] == pytest.approx(one.power_w)
+        assert table.tpot_s[index] == pytest.approx(one.inter_token_latency_s)
+
+
+def test_the_best_is_the_least(found: Exploration) -> None:
+    table = found.deployments
+    best = found.best(5)
+    assert table.token_j[best[0]] == table.token_j[found.feasible].min()
+    assert len({int(table.engine[i]) for i in best}) == 5
+    assert list(table.token_j[best]) == sorted(table.token_j[best])
+    assert found.front[best[0]]
+
+
+def test_no_cheaper_batch_limit_of_the_same_engine_was_missed(found: Exploration) -> None:
+    """All 1 .. 1024 limits of the best engine: the grid costs no more than 3 %."""
+    from energylens_vllm.explore.steady import steady
+
+    index = found.best(1)[0]
+    engine, _, budget = found.evaluate(index)
+    every = np.arange(1, 1025)
+    at = steady(engine.model, every, budget, 1000, 300)
+    kept = (at.tpot_s <= 0.05) & (every <= engine.memory.most_running(1000, 300, budget, every))
+    assert found.deployments.token_j[index] <= 1.03 * at.token_j[kept].min()
+
+
+def test_a_rate_needs_replicas_and_costs_idle_time() -> None:
+    space = Space(gpus=("H100-SXM",), quantization=(None,), kv_cache_dtype=("auto",))
+    slow, fast = (explore("llama-3.1-8b", Load(1000, 300, tpot_s=0.05, rate_per_s=r), space) for r in (1.0, 60.0))
+    few, many = slow.best(1)[0], fast.best(1)[0]
+    assert slow.deployments.gpus[few] == 1
+    assert fast.deployments.gpus[many] > 1
+    assert slow.deployments.token_j[few] > 1.5 * fast.deployments.token_j[many]
+    assert slow.deployments.tokens_per_s[few] == pytest.approx(300)
+    assert slow.deployments.power_w[few] == pytest.approx(300 * slow.deployments.token_j[few])
+    kept_up = np.isfinite(fast.deployments.token_j)
+    assert not kept_up.all(), "some cannot keep up"
+    assert not fast.feasible[~kept_up].any()
+
+
+def test_hardly_any_requests_draw_idle_power() -> None:
+    found = explore("llama-3.1-8b", Load(500, 100, rate_per_s=1e-4), Space(gpus=("H100-SXM",), max_gpus=1))
+    index = found.best(1)[0]
+    idle_w = found.engines[found.deployments.engine[index]].model.idle_power_w
+    assert found.deployments.power_w[index] == pytest.approx(idle_w, rel=0.01)
+    assert found.deployments.idle_share[index] == pytest.approx(1, abs=0.01)
+
+
+def test_near_saturation_the_power_is_that_of_a_full_batch() -> None:
+    space = Space(gpus=("H100-SXM",), max_gpus=1, quantization=(None,), kv_cache_dtype=("auto",), max_num_seqs=(64,),
+                  max_num_batched_tokens=(8192,))  # fmt: skip
+    full = explore("llama-3.1-8b", Load(500, 100), space)
+    most = float(full.deployments.tokens_per_s[0]) / 100
+    busy = explore("llama-3.1-8b", Load(500, 100, rate_per_s=0.999 * most), space)
+    index = int(np.flatnonzero(busy.deployments.max_num_seqs == 64)[0])
+    assert busy.deployments.power_w[index] == pytest.approx(full.deployments.power_w[0], rel=0.01)
+    assert busy.deployments.waiting_share[index] > 0.9
+
+
+def test_exactly_so_many_gpus() -> None:
+    found = explore("llama-3.1-8b", Load(500, 100), Space(gpus=("H100-SXM",), max_gpus=6, exactly=True))
+    assert set(found.deployments.gpus.tolist()) == {6}
+    assert {1, 2, 3, 6} <= set(found.deployments.replicas.tolist())
+
+
+def test_several_kinds_of_gpu_compete() -> None:
+    found = explore("llama-3.1-8b", Load(500, 100), Space(gpus=("H100-SXM", "A100-SXM-80GB"), max_gpus=1))
+    assert {engine.deployment.gpu for engine in found.engines} == {"H100-SXM", "A100-SXM-80GB"}
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    explore("llama-3.1-8b", Load(500, 100), Space(gpus=("H100-SXM",), max_gpus=2), lambda *at: told.append(at))
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1] == len(told) - 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_gpus": 0}, "max_gpus: 0"),
+        ({"tensor_parallel_size": (0,)}, "tensor_parallel_size: 0"),
+        ({"tensor_parallel_size": (3,)}, "rank h (64) is not divisible by tp = 3"),
+        ({"pipeline_parallel_size": (6,), "max_gpus": 1}, "no degrees of parallelism that were asked for"),
+        ({"gpus": ("H101-SXM",)}, "did you mean 'H100-SXM'"),
+        ({"gpus": ()}, "gpus: none given"),
+        ({"quantization": ("fp9",)}, "quantization: unknown value 'fp9'"),
+        ({"gpu_memory_utilization": 1.2}, "gpu_memory_utilization: 1.2"),
+        ({"max_gpus": 1, "quantization": (None,)}, "does not fit 1 x H100-SXM: a GPU would hold 141.1 GB"),
+        ({"max_gpus": 7, "exactly": True, "pipeline_parallel_size": (1,), "quantization": (None,)},
+         "uses exactly 7 GPUs; an engine takes 2, 4 of them"),
+    ],
+)  # fmt: skip
+def test_spaces_that_hold_nothing(given: dict[str, object], message: str) -> None:
+    with pytest.raises(EnergyLensError) as error:
+        explore("llama-3.1-70b", LOAD, Space(**{"gpus": ("H100-SXM",), **given}))  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rate_per_s": -1.0}, "rate_per_s: -1.0"),
+        ({"prompt_tokens": 0}, "prompt_tokens: 0"),
+        ({"tpot_s": 0.0}, "tpot_s: 0.0"),
+        ({"prefix_cache_hit_rate": 1.0}, "prefix_cache_hit_rate: 1.0"),
+        ({"max_model_len": 100}, "max_model_len: 100 is shorter"),
+        ({"tpot_s": 0.0001}, "tpot: no deployment of Llama-3.1-70B keeps it within 0.1 ms; the nearest"),
+        ({"ttft_s": 0.0001}, "ttft: no deployment of Llama-3.1-70B keeps it within 0.1 ms; the nearest"),
+        ({"rate_per_s": 10_000.0}, "rate: no deployment of Llama-3.1-70B on up to 8 GPUs keeps up with 10000"),
+        ({"max_model_len": 100_000_000}, "holds no request of 100000000 tokens"),
+    ],
+)
+def test_loads_that_nothing_carries(given: dict[str, float], message: str) -> None:
+    with pytest.raises(EnergyLensError) as error:
+        explore("llama-3.1-70b", Load(**{"prompt_tokens": 1000, "output_tokens": 300, **given}), H100)  # type: ignore[arg-type]
+    assert message in str(error.value)
