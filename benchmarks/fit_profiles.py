@@ -223,8 +223,9 @@ class Run:
 
     def errors(self, profile: GpuProfile) -> tuple[Array, Array]:
         """log(predicted / measured) of time and energy of each window."""
-        seconds, joules = self.windows.predict(self.energy_model(profile))
-        time_error, energy_error = np.log(seconds / self.windows.busy_s), np.log(joules / self.windows.energy_j)
+        predicted, windows = self.windows.predict(self.energy_model(profile)), self.windows
+        time_error = np.log(predicted.busy_s / windows.busy_s)
+        energy_error = np.log(predicted.energy_j / windows.energy_j)
         return time_error[self.scored], energy_error[self.scored]
 
     @property

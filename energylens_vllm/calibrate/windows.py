@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,19 @@ from energylens_vllm.einsum.kernel import Mask
 from energylens_vllm.energy import EnergyModel
 from energylens_vllm.energy.batch import Array, Steps, steps_from_arrays
 
-
 #: Phases between the loads of a recording: caches fill, kernels are compiled, queues run empty.
 TRANSIENT = ("warm", "fill", "flush", "drain")
+
+
+class Predicted(NamedTuple):
+    """What windows should have taken, with the bounds of 90 % intervals; each of shape (W,)."""
+
+    busy_s: Array
+    low_s: Array
+    high_s: Array
+    energy_j: Array
+    low_j: Array
+    high_j: Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,13 +45,22 @@ class Windows:
     idle_s: Array
     energy_j: Array
 
-    def predict(self, model: EnergyModel) -> tuple[Array, Array]:
-        """Seconds of the steps and joules of the windows, each of shape (W,)."""
-        predicted = model.predict(self.steps)
-        first = self.first.astype(np.int64)
-        busy_s = np.add.reduceat(predicted.time_s * self.shares, first)
-        energy_j = np.add.reduceat(predicted.energy_j * self.shares, first)
-        return busy_s, energy_j + self.idle_s * model.idle_power_w
+    def predict(self, model: EnergyModel) -> Predicted:
+        """Seconds of the steps and joules of the windows."""
+        steps, first = model.predict(self.steps), self.first.astype(np.int64)
+        idle_j = self.idle_s * model.idle_power_w
+
+        def total(values: Array) -> Array:
+            return np.add.reduceat(values * self.shares, first)
+
+        return Predicted(
+            total(steps.time_s),
+            total(steps.low_s),
+            total(steps.high_s),
+            total(steps.energy_j) + idle_j,
+            total(steps.low_j) + idle_j,
+            total(steps.high_j) + idle_j,
+        )
 
 
 def measured_windows(recording: Recording, masks: Sequence[Mask], most_steps: int = 200) -> Windows:
