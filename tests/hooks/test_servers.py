@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from energylens_vllm.serving.metrics import MAX_SERIES_PER_ENGINE, METRICS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
+RELEASE = version("vllm")
 FAKE = "--distributed-executor-backend=fake_executor.FakeExecutor"
 LENGTHS = (12, 40, 7, 100, 33, 64)
 
@@ -104,7 +106,7 @@ def test_all_series_are_there_before_the_first_request(one: tuple[Server, Path])
 
 def test_one_api_server(one: tuple[Server, Path], tiny_model: Path) -> None:
     server, folder = one
-    model = EnergyModel(tiny_model, Deployment(gpu="H100-SXM", enforce_eager=True))
+    model = EnergyModel(tiny_model, Deployment(gpu="H100-SXM", enforce_eager=True, vllm_release=RELEASE))
     for _ in range(2):  # the engine is idle in between
         server.complete_all(LENGTHS)
         shown = server.metrics_when(lambda found: num_steps(found) == len(executed(folder, 0)))
@@ -121,7 +123,9 @@ def test_a_stream_that_is_given_up(one: tuple[Server, Path], tiny_model: Path) -
         stream.readline()
     server.complete(20)
     shown = server.metrics_when(lambda found: before < num_steps(found) == len(executed(folder, 0)))
-    check_sums(shown, folder, 0, EnergyModel(tiny_model, Deployment(gpu="H100-SXM", enforce_eager=True)))
+    check_sums(
+        shown, folder, 0, EnergyModel(tiny_model, Deployment(gpu="H100-SXM", enforce_eager=True, vllm_release=RELEASE))
+    )
 
 
 @pytest.mark.prometheus
@@ -134,7 +138,7 @@ def test_two_api_servers_and_data_parallel_engines(two: tuple[Server, Path], tin
     for _ in range(3):
         server.complete_all(LENGTHS)
     shown = server.metrics_when(lambda found: num_steps(found) == sum(len(executed(folder, i)) for i in (0, 1)))
-    model = EnergyModel(tiny_model, Deployment(gpu="H200-SXM", enforce_eager=True))
+    model = EnergyModel(tiny_model, Deployment(gpu="H200-SXM", enforce_eager=True, vllm_release=RELEASE))
     for engine in (0, 1):
         assert len(executed(folder, engine)) > 8
         check_sums(shown, folder, engine, model)
