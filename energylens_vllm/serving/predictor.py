@@ -111,4 +111,10 @@ def make_predictor(config: Mapping[str, object], deployment: Mapping[str, Any]) 
     """
     from energylens_vllm.energy import Deployment, EnergyModel
 
-    return ModelPredictor(EnergyModel(config, Deployment(**deployment)))
+    predictor = ModelPredictor(EnergyModel(config, Deployment(**deployment)))
+    predictor.predict([_PROBE])
+    return predictor
+
+
+#: A prompt beside a decode. A profile may lack coefficients of this model's kernels: found out now, not in each step.
+_PROBE = Batch(["prompt", "decode"], [100, 1], [0, 100], [False, True], num_tokens=101, num_decode_tokens=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import vllm
@@ -36,7 +37,8 @@ def describe(vllm_config: Any) -> Engine:
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
             "max_num_seqs": scheduler.max_num_seqs,
             "enforce_eager": model.enforce_eager,
-            "vllm_release": vllm.__version__,
+            # A build of one's own may be called "dev".
+            "vllm_release": vllm.__version__ if re.match(r"\d+\.\d+", vllm.__version__) else None,
             # vLLM's CPU platform switches it off, which says nothing of the GPU that is predicted for there.
             "async_scheduling": scheduler.async_scheduling if device_name else None,
             "cudagraph_capture_sizes": _capture_sizes(compilation),
