@@ -53,7 +53,7 @@ class Deployments:
     power_w: Array
     tokens_per_s: Array
     tpot_s: Array
-    ttft_s: Array
+    ttft_s: Array  #: from the arrival: waiting in line, for the step under way, and the prompt's own steps
     idle_share: Array  #: of the time, in which no request is served
     waiting_share: Array  #: of requests, that wait in line
 
@@ -196,7 +196,7 @@ def _saturated(
         power_w=replicas * full.power_w,
         tokens_per_s=replicas * full.tokens_per_s,
         tpot_s=full.tpot_s,
-        ttft_s=full.ttft_s,
+        ttft_s=_from_arrival(engine, full),
         idle_share=np.zeros(len(limits)),
         waiting_share=np.zeros(len(limits)),
     )
@@ -254,9 +254,15 @@ def speed(engine: Engine, sizes: Integers, full: Steady, output_tokens: float) -
         completions_per_s=completions * part,
         power_w=idle_w + (power_w - idle_w) * part,
         tpot_s=interpolated(most, known, full.tpot_s),
-        ttft_s=interpolated(most, known, full.ttft_s),
+        ttft_s=interpolated(most, known, _from_arrival(engine, full)),
         idle_w=idle_w,
     )
+
+
+def _from_arrival(engine: Engine, full: Steady) -> Array:
+    """Time to the first token of requests that arrive at random: half of the step under way comes first."""
+    step_s = full.tpot_s / engine.deployment.pipeline_parallel_size
+    return full.ttft_s + step_s / 2
 
 
 def _columns(table: Deployments) -> list[np.ndarray]:
