@@ -1,6 +1,6 @@
 """What fits into the GPUs' memory, by the rules that vLLM goes by when it starts.
 
-vLLM takes `gpu_memory_utilization` of the memory that the driver reports, takes off the weights, what a profiling run
+vLLM takes `gpu_memory_utilization` of the memory that CUDA reports, takes off the weights, what a profiling run
 of `max_num_batched_tokens` tokens and `max_num_seqs` sampled rows needs at its peak, what is held outside of PyTorch,
 and CUDA graphs; the rest becomes KV-cache blocks. It refuses to start if they do not hold one request of
 `max_model_len`. Source: vLLM 0.32, vllm/v1/worker/gpu_worker.py `determine_available_memory`, v1/worker/utils.py
@@ -24,12 +24,13 @@ from energylens_vllm.energy.batch import Array
 from energylens_vllm.energy.precision import widths
 from energylens_vllm.hardware.profile import GpuProfile
 
-#: Memory that the driver reports (nvidia-smi, MiB); profiles give the nominal size.
-DRIVER_MIB = {"A100-SXM-80GB": 81920, "H100-SXM": 81559, "H200-SXM": 143771, "B200-SXM": 183359, "L40S": 46068}
+#: Memory that CUDA reports, as vLLM's start-up log shows it (GiB); profiles give the nominal size.
+CUDA_GIB = {"A100-SXM-80GB": 79.15, "H100-SXM": 79.19, "H200-SXM": 139.81, "B200-SXM": 178.35, "L40S": 44.42}
 #: Tokens of a KV-cache block, vLLM's default.
 BLOCK_TOKENS = 16
-#: Bytes of logits an element of (sampled row, vocabulary): in 16 bits, in float32, and a float32 copy while sampling.
-LOGIT_BYTES = 10.0
+#: Bytes an element of (sampled row, vocabulary) at the sampler's peak: logits in 16 bits and in float32, their masked
+#: copy, probabilities, and the noise to draw with (vLLM's v1/sample, called by the profiling run).
+LOGIT_BYTES = 18.0
 #: Bytes outside of PyTorch's weights and activations: attention workspaces; with several GPUs NCCL's and the custom
 #: all-reduce's buffers; CUDA graphs of all sizes. From vLLM's start-up logs, to a few hundred MB.
 WORKSPACE_BYTES, COMMUNICATOR_BYTES, GRAPH_BYTES = 0.5e9, 1.0e9, 0.8e9
@@ -73,7 +74,7 @@ class Memory:
             by_stage.setdefault(kernel.stage, []).append(kernel)
         weights = model.cascade.weight_bytes(element, mesh)
         return cls(
-            total=utilization * driver_bytes(model.profile),
+            total=utilization * cuda_bytes(model.profile),
             fixed=WORKSPACE_BYTES
             + (COMMUNICATOR_BYTES if deployment.num_gpus > 1 else 0.0)
             + (0.0 if deployment.enforce_eager else GRAPH_BYTES),
@@ -114,10 +115,10 @@ class Memory:
         return np.asarray(np.min(most, axis=0))
 
 
-def driver_bytes(profile: GpuProfile) -> float:
+def cuda_bytes(profile: GpuProfile) -> float:
     """Memory of a GPU as vLLM sees it."""
-    mib = DRIVER_MIB.get(profile.name)
-    return profile.memory_bytes if mib is None else mib * 2.0**20
+    gib = CUDA_GIB.get(profile.name)
+    return profile.memory_bytes if gib is None else gib * 2.0**30
 
 
 def _stage(kernels: list[Kernel], weights: float, tensor_ranks: int) -> Stage:

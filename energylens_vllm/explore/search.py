@@ -15,7 +15,7 @@ from energylens_vllm.energy.batch import Array, Integers
 from energylens_vllm.energy.precision import widths
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.explore.arrivals import Speed, arrivals, interpolated
-from energylens_vllm.explore.memory import Memory, driver_bytes
+from energylens_vllm.explore.memory import Memory, cuda_bytes
 from energylens_vllm.explore.pareto import pareto_front
 from energylens_vllm.explore.space import Load, Space, engines
 from energylens_vllm.explore.steady import Steady, steady
@@ -286,7 +286,7 @@ def _nothing_fits(base: EnergyModel, found: Sequence[Deployment], load: Load, sp
         max(base.cascade.weight_bytes(widths(each.dtype, each.quantization, each.kv_cache_dtype), each.mesh))
         for each in found
     )
-    room = space.gpu_memory_utilization * max(driver_bytes(load_profile(gpu)) for gpu in space.gpus)
+    room = space.gpu_memory_utilization * max(cuda_bytes(load_profile(gpu)) for gpu in space.gpus)
     weights = f"a GPU would hold {smallest / 1e9:.1f} GB of weights at least, and vLLM may use {room / 1e9:.1f} GB"
     if smallest > room:
         return EnergyLensError(f"{name} does not fit {where}: {weights}")

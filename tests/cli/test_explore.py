@@ -39,9 +39,11 @@ def test_the_text_says_why_and_how(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_rate_names_replicas(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BASE, "--tpot", "50ms", "--rate", "1200/min", "--top", "1"]) == 0
+    arguments = ["explore", "--model", "llama-3.1-8b", "--gpu", "H100-SXM", "--prompt", "1000", "--output", "300",
+                 "-tp", "1", "-pp", "1"]  # fmt: skip
+    assert main([*arguments, "--tpot", "50ms", "--rate", "3600/min", "--top", "1"]) == 0
     text = capsys.readouterr().out
-    assert "20 requests a second keep" in text
+    assert "60 requests a second keep" in text
     assert "# on each of " in text
 
 

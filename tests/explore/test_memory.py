@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from energylens_vllm import Deployment, EnergyModel
-from energylens_vllm.explore.memory import GRAPH_BYTES, WORKSPACE_BYTES, Memory, driver_bytes
+from energylens_vllm.explore.memory import GRAPH_BYTES, WORKSPACE_BYTES, Memory, cuda_bytes
 
 
 def memory(model: str, utilization: float = 0.9, **deployment: object) -> Memory:
@@ -24,8 +24,16 @@ def test_weights_and_cache_of_a_dense_model() -> None:
     left = found.cache_bytes(stage, 8192, 256)
     largest = (2 * 14336 + 14336) * 2 * 8192  # inputs and output of the activation function, 16 bits each
     assert left == pytest.approx(
-        0.9 * 81559 * 2**20 - found.weights - largest - WORKSPACE_BYTES - GRAPH_BYTES, rel=1e-6
+        0.9 * 79.19 * 2**30 - found.weights - largest - WORKSPACE_BYTES - GRAPH_BYTES, rel=1e-6
     )
+
+
+def test_a_start_up_log_of_vllm() -> None:
+    """Llama-2-7B on an H100, vllm 0.8: "model weights take 12.55GiB", "reserved for KV Cache is 56.18GiB"."""
+    found = memory("llama-2-7b", gpu="H100-SXM")
+    assert found.weights / 2**30 == pytest.approx(12.55, abs=0.01)
+    left = float(found.cache_bytes(found.stages[0], 8192, 256))
+    assert left / 2**30 == pytest.approx(56.18, rel=0.03)
 
 
 def test_requests_that_fit_fill_the_cache() -> None:
@@ -63,7 +71,7 @@ def test_latents_are_cached_once() -> None:
 
 def test_a_model_that_vllm_would_not_start() -> None:
     tight = memory("llama-3.1-70b", gpu="H100-SXM", tensor_parallel_size=2)
-    assert tight.weights < 0.9 * 81559 * 2**20
+    assert tight.weights < 0.9 * 79.19 * 2**30
     assert tight.fits(2000, 2048, 8)
     assert not tight.fits(200_000, 2048, 8)
     assert not memory("llama-3.1-70b", gpu="H100-SXM").fits(100, 2048, 8)
@@ -72,6 +80,6 @@ def test_a_model_that_vllm_would_not_start() -> None:
 
 def test_an_unknown_gpu_has_what_its_profile_says() -> None:
     profile = EnergyModel("llama-3.1-8b").profile
-    assert driver_bytes(profile) == 143771 * 2**20
+    assert cuda_bytes(profile) == 139.81 * 2**30
     other = replace(profile, name="mine")
-    assert driver_bytes(other) == profile.memory_bytes
+    assert cuda_bytes(other) == profile.memory_bytes
