@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from fit_profiles import (
@@ -65,7 +66,8 @@ def recorded() -> None:
             rows.append(
                 [
                     gpu, run.name, "yes" if run.fitted else "no", str(kept.sum()), percent(mape(energy_error[kept])),
-                    percent(mape(time_error[kept])), percent(whole, signed=True), percent(inside[0]), percent(inside[1]),
+                    percent(mape(time_error[kept])), percent(whole, signed=True),
+                    percent(inside[0]), percent(inside[1]),
                 ]
             )  # fmt: skip
     headers = ["GPU", "run", "fitted", "steady windows", "energy", "time", "mixed, energy", "J inside", "s inside"]
@@ -122,9 +124,8 @@ def main() -> None:
         rows = mlenergy_rows(args.data, gpu)
         serving(f"{gpu}, serving runs, shipped profile", rows, by_series(rows, *row_errors(rows, load_profile(gpu))))
         if args.serving:
-            runs = recorded_runs(gpu) if gpu in RUNS else []
-            start = prior(gpu, args.operations) if runs else start_from(load_profile("H200-SXM"), gpu, args.operations)
-            serving(f"{gpu}, serving runs, the series held out of the fit", rows, held_out_rows(start, rows, runs))
+            start = replace(start_from(load_profile("H200-SXM"), gpu, args.operations), vllm_release="0.11.1")
+            serving(f"{gpu}, serving runs, the series held out of the fit", rows, held_out_rows(start, rows))
 
 
 if __name__ == "__main__":

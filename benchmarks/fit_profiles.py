@@ -57,7 +57,7 @@ RUNS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 class Sheet:
     """A GPU by its data sheet. `flops` are dense bf16 FLOPs at the top clock: SMs x FLOPs a clock x clock."""
 
-    memory_bytes: float
+    memory_bytes: float  #: as the driver reports it, which is what vLLM divides
     sm_count: int
     nvlink: bool
     flops: float
@@ -72,23 +72,23 @@ class Sheet:
 
 SHEETS = {
     "A100-SXM-80GB": Sheet(
-        80e9, 108, True, 108 * 2048 * 1.41e9, 1.0, 2.039e12, 40e6, 400, 55, 80,
+        85.9e9, 108, True, 108 * 2048 * 1.41e9, 1.0, 2.039e12, 40e6, 400, 55, 80,
         "NVIDIA A100 data sheet (2021); idle power by clock: GPU power studies cited in docs/profiles.md",
     ),
     "H100-SXM": Sheet(
-        80e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 3.35e12, 50e6, 700, 72, 120,
+        85.52e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 3.35e12, 50e6, 700, 72, 120,
         "NVIDIA H100 data sheet (2023), 1980 MHz top clock; idle 72 W at 900 MHz and less, 120 W at 1980 MHz",
     ),
     "H200-SXM": Sheet(
-        141e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 4.8e12, 50e6, 700, 78, 122,
+        150.75e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 4.8e12, 50e6, 700, 78, 122,
         "NVIDIA H200 data sheet (2024), 1980 MHz top clock; idle power measured: 78 W, 122 W with a CUDA context",
     ),
     "B200-SXM": Sheet(
-        180e9, 148, True, 148 * 8192 * 1.965e9, 2.0, 8.0e12, 126e6, 1000, 140, 238,
+        192.27e9, 148, True, 148 * 8192 * 1.965e9, 2.0, 8.0e12, 126e6, 1000, 140, 238,
         "NVIDIA B200 data sheet (2025), 1965 MHz top clock; static power from power-law fits of serving runs",
     ),
     "L40S": Sheet(
-        48e9, 142, False, 142 * 1024 * 2.52e9, 2.0, 0.864e12, 96e6, 350, 35, 80,
+        48.31e9, 142, False, 142 * 1024 * 2.52e9, 2.0, 0.864e12, 96e6, 350, 35, 80,
         "NVIDIA L40S data sheet (2023); idle power: judgement, +-30 %",
     ),
 }  # fmt: skip
@@ -127,6 +127,17 @@ for _kind in ("dense", "experts"):  # until held-out errors take their place
         STD |= {f"time.{_kind}.{_phase}": 0.05, f"energy.{_kind}.{_phase}": 0.05}
 
 
+def _unthrottle(tables: dict[str, Any], hopper: dict[str, Any]) -> None:
+    """The H200's tables of experts were taken at the power limit (docs/profiles.md), the H100's were not; their SMs and
+    their kernels are the same, so the H100's share of the top clock's peak is the H200's too."""
+    name = "experts.{}.compute_efficiency"
+    ratio = hopper[name.format("bfloat16")]["value"] / tables[name.format("bfloat16")]["value"]
+    for form in ("bfloat16", "fp8", "fp8_block"):
+        given = tables[name.format(form)]
+        given["value"] *= ratio
+        given["source"] += f"; times {ratio:.2f}, as bf16 on the H100, whose table was not taken at the power limit"
+
+
 def prior(gpu: str, operations: pathlib.Path) -> GpuProfile:
     """What is known of a GPU before any step was measured on it."""
     sheet = SHEETS[gpu]
@@ -147,7 +158,10 @@ def prior(gpu: str, operations: pathlib.Path) -> GpuProfile:
         coefficients[f"energy.{form}.j_per_flop"] = Coefficient(
             bf16.value * share, 0.3, "J/FLOP", f"{share} of bf16: judgement, from the operands' width"
         )
-    for name, given in json.loads((operations / f"{gpu}.json").read_text()).items():
+    tables = json.loads((operations / f"{gpu}.json").read_text())
+    if gpu == "H200-SXM":
+        _unthrottle(tables, json.loads((operations / "H100-SXM.json").read_text()))
+    for name, given in tables.items():
         coefficients[name] = Coefficient(given["value"], given["std"], given["unit"], given["source"])
     return GpuProfile(
         name=gpu, memory_bytes=sheet.memory_bytes, sm_count=sheet.sm_count, nvlink=sheet.nvlink, calibrated=False,
@@ -259,7 +273,7 @@ MLENERGY_FREE = {
     "host.experts_s": 0.5, "host.prompt_s": 0.5,
     "experts.bfloat16.memory_efficiency": 0.1, "experts.bfloat16.compute_efficiency": 0.2,
     "experts.bfloat16.launch_s": 0.5, "experts.padding_energy_share": 1.0, "experts.fp8.memory_efficiency": 0.3,
-    "experts.fp8.compute_efficiency": 0.3,
+    "experts.fp8.compute_efficiency": 0.3, "energy.fp8.j_per_flop": 0.3,
 }  # fmt: skip
 
 
@@ -376,12 +390,12 @@ def held_out_runs(start: GpuProfile, runs: Sequence[Run]) -> dict[str, tuple[Arr
     return {run.name: run.errors(fits[run.model]) for run in runs}
 
 
-def held_out_rows(start: GpuProfile, rows: Sequence[Row], runs: Sequence[Run] = ()) -> dict[str, tuple[Array, Array]]:
-    """(time, energy) errors of each series of rows, predicted from a fit on the other series (and `runs`)."""
+def held_out_rows(start: GpuProfile, rows: Sequence[Row]) -> dict[str, tuple[Array, Array]]:
+    """(time, energy) errors of each series of rows, predicted from a fit on the other series."""
     found = {}
     for series in dict.fromkeys(row.series for row in rows):
         rest = [row for row in rows if row.series != series]
-        found[series] = row_errors([row for row in rows if row.series == series], fit_serving(start, rest, runs))
+        found[series] = row_errors([row for row in rows if row.series == series], fit_serving(start, rest))
     return found
 
 
@@ -399,15 +413,21 @@ def spread(start: GpuProfile, runs: Sequence[Run]) -> dict[str, float]:
 
 
 def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuProfile]:
-    """(the profile, and what its recorded steps alone give)."""
-    start, runs = prior("H100-SXM", operations), recorded_runs("H100-SXM")
-    steps = fit_steps(start, runs)
-    fitted = fit_serving(steps, mlenergy_rows(data, "H100-SXM"), runs)
-    std = STD | spread(start, runs)
-    return (
-        replace(fitted, calibrated=True, calibrated_formats=("bfloat16", "fp8"), vllm_release="0.11.1", std=std),
-        steps,
-    )
+    """(the profile, and what its recorded steps give).
+
+    Serving runs of vLLM 0.11.1 are the only ones on several GPUs, so the profile is theirs; the recorded steps of
+    0.25.1 were taken on another H100, and what they gave counts for releases nearer to 0.25.1.
+    """
+    tables, runs = prior("H100-SXM", operations), recorded_runs("H100-SXM")
+    steps = fit_steps(tables, runs)
+    start = start_from(steps, "H100-SXM", operations)
+    fitted = fit_serving(replace(start, vllm_release="0.11.1"), mlenergy_rows(data, "H100-SXM"))
+    moved = {name: c for name, c in steps.coefficients.items() if c != fitted.coefficients[name]}
+    profile = replace(
+        fitted, by_release={"0.25.1": moved}, calibrated=True, calibrated_formats=("bfloat16", "fp8"),
+        std=STD | spread(tables, runs),
+    )  # fmt: skip
+    return profile, steps
 
 
 def h200(operations: pathlib.Path, hopper: GpuProfile) -> GpuProfile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class EnergyModel:
         self.quantization = quantization
         self.profile = profile or load_profile(deployment.gpu)
         if deployment.vllm_release is not None:
-            self.profile = replace(self.profile, vllm_release=deployment.vllm_release)
+            self.profile = self.profile.at_release(deployment.vllm_release)
         mesh = deployment.mesh
         element = widths(deployment.dtype, quantization, deployment.kv_cache_dtype)
         kernels = self.cascade.kernels(element, mesh)

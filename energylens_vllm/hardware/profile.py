@@ -32,8 +32,9 @@ class GpuProfile:
     `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
     step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
     this GPU, or only taken from cited constants; `calibrated_formats` which number formats of weights those
-    measurements cover, and `vllm_release` which vLLM ran them (its kernels and its host are part of every step). `std`
-    holds relative standard deviations of predictions, by quantity ("time" or "energy") and what they are of:
+    measurements cover, and `vllm_release` which vLLM ran them (its kernels and its host are part of every step).
+    `by_release` has the coefficients that measurements with another release gave instead, see `at_release`. `std` holds
+    relative standard deviations of predictions, by quantity ("time" or "energy") and what they are of:
     "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
     """
 
@@ -44,6 +45,7 @@ class GpuProfile:
     calibrated: bool
     coefficients: Mapping[str, Coefficient]
     vllm_release: str = "0.25.1"
+    by_release: Mapping[str, Mapping[str, Coefficient]] = field(default_factory=dict)
     calibrated_formats: tuple[str, ...] = ("bfloat16",)
     std: Mapping[str, float] = field(default_factory=dict)
 
@@ -65,6 +67,12 @@ class GpuProfile:
     def small_expert_tiles(self) -> bool:
         """Whether the default tiles of vLLM's fused experts follow the number of tokens (later than 0.11)."""
         return _release(self.vllm_release) >= (0, 12)
+
+    def at_release(self, release: str) -> GpuProfile:
+        """The profile for a release of vLLM: with the coefficients that were measured nearest to it."""
+        measured = min([self.vllm_release, *self.by_release], key=lambda known: _distance(known, release))
+        other = self.by_release.get(measured, {})
+        return replace(self, vllm_release=release, coefficients={**self.coefficients, **other}, by_release={})
 
     def with_values(self, values: Mapping[str, float], source: str) -> GpuProfile:
         """A copy with some values replaced (a fit, an online correction); `source` says by whom.
@@ -88,10 +96,8 @@ class GpuProfile:
             "vllm_release": self.vllm_release,
             "calibrated_formats": list(self.calibrated_formats),
             "std": dict(self.std),
-            "coefficients": {
-                name: {"value": c.value, "std": c.std, "unit": c.unit, "source": c.source}
-                for name, c in sorted(self.coefficients.items())
-            },
+            "coefficients": _to_json(self.coefficients),
+            "by_release": {release: _to_json(given) for release, given in self.by_release.items()},
         }
 
 
@@ -120,9 +126,28 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
 
 
+def _distance(one: str, other: str) -> int:
+    (major, minor), (other_major, other_minor) = _release(one), _release(other)
+    return abs((major - other_major) * 1000 + minor - other_minor)
+
+
 @cache
 def _shipped(name: str) -> GpuProfile:
     return _read(PROFILES / f"{name}.json")
+
+
+def _to_json(coefficients: Mapping[str, Coefficient]) -> dict[str, Any]:
+    return {
+        name: {"value": c.value, "std": c.std, "unit": c.unit, "source": c.source}
+        for name, c in sorted(coefficients.items())
+    }
+
+
+def _from_json(raw: Mapping[str, Any]) -> dict[str, Coefficient]:
+    return {
+        str(name): Coefficient(float(c["value"]), float(c["std"]), str(c["unit"]), str(c["source"]))
+        for name, c in raw.items()
+    }
 
 
 def _read(path: pathlib.Path) -> GpuProfile:
@@ -140,10 +165,8 @@ def _read(path: pathlib.Path) -> GpuProfile:
             vllm_release=str(raw["vllm_release"]),
             calibrated_formats=tuple(str(name) for name in raw["calibrated_formats"]),
             std={str(name): float(value) for name, value in raw["std"].items()},
-            coefficients={
-                str(name): Coefficient(float(c["value"]), float(c["std"]), str(c["unit"]), str(c["source"]))
-                for name, c in raw["coefficients"].items()
-            },
+            coefficients=_from_json(raw["coefficients"]),
+            by_release={str(release): _from_json(given) for release, given in raw["by_release"].items()},
         )
     except KeyError as error:
         raise EnergyLensError(f"profile {path}: field {error.args[0]!r} is missing") from error
