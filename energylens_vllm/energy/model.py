@@ -190,7 +190,7 @@ class EnergyModel:
         share = np.divide(prefill_j, above_static, out=np.zeros_like(energy_j), where=above_static > 0)
         share = np.minimum(share, 1.0)  # by rounding it may exceed 1, and then decode would be negative
         # Static power is shared as the rest is: a step in which prefill did most of the work is mostly prefill's.
-        prefill = np.where(steps.decode_tokens > 0, np.minimum(share, 1.0), 1.0) * energy_j
+        prefill = np.where(steps.decode_tokens > 0, share, 1.0) * energy_j
         communication_s = np.max([stage.communication_s for stage in stages], axis=0)
         relative_s, relative_j = self._uncertainty.relative(steps, communication_s / np.maximum(time_s, 1e-12))
         return Predictions(
