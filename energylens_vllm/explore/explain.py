@@ -178,11 +178,15 @@ def _loses(
 ) -> str:
     table = found.deployments
     more = {name: parts[index].get(name, 0.0) - parts[to].get(name, 0.0) for name in {*parts[index], *parts[to]}}
-    name = max(more, key=lambda each: more[each])
-    excess = float(table.token_j[index] / table.token_j[to]) - 1
+    up, down = max(more, key=lambda name: more[name]), min(more, key=lambda name: more[name])
+    excess_j = float(table.token_j[index] - table.token_j[to])
+    excess = excess_j / float(table.token_j[to])
     if excess < 0.0005:
         return f"{subject} takes as much as {other}."
-    return f"{subject} takes {excess:.1%} more than {other}, most of it {_named(name)} (+{more[name] * 1e3:.3g} mJ)."
+    text = f"{subject} takes {excess:.1%} more than {other}: {more[up] * 1e3:+.3g} mJ a token for {_named(up)}"
+    if more[down] < -0.2 * excess_j:
+        text += f", {more[down] * 1e3:+.3g} mJ for {_named(down)}"
+    return text + "."
 
 
 _NAMES = {

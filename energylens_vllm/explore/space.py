@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from energylens_vllm.einsum import Cascade, Mesh, Widths
 from energylens_vllm.einsum.errors import EinsumError
 from energylens_vllm.energy import Deployment
+from energylens_vllm.energy.precision import QUANTIZATIONS, format_of
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
@@ -20,6 +21,8 @@ MAX_NUM_SEQS = (
 )  # fmt: skip
 #: Tokens of a step (`max_num_batched_tokens`) that are tried.
 MAX_NUM_BATCHED_TOKENS = (2048, 4096, 8192, 16384)
+#: Rows and columns of weights that share a scale in checkpoints with block scales.
+SCALE_BLOCK = 128
 #: CUDA graphs are captured up to this size whatever the batch limit; the commands say so.
 MAX_CAPTURE_SIZE = 512
 CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_CAPTURE_SIZE + 1, 16))
@@ -113,6 +116,8 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
         profile = load_profile(gpu)
         for tp, pp, dp, ep in _degrees(cascade, experts, space):
             for method in _quantizations(quantization, profile, space):
+                if not _blocks_fit(cascade, method, Mesh(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep else 1)):
+                    continue
                 for cache in _cache_types(profile, space):
                     for limit in space.power_limit_w or (None,):
                         yield Deployment(
@@ -158,6 +163,23 @@ def _splits(cascade: Cascade, mesh: Mesh, asked: bool) -> bool:
             raise
         return False
     return True
+
+
+def _blocks_fit(cascade: Cascade, quantization: str | None, mesh: Mesh) -> bool:
+    """Whether block scales can be split with the weights: vLLM refuses parts that are no multiple of a block.
+
+    Source: vLLM, model_executor/layers/quantization/utils/fp8_utils.py, `validate_fp8_block_shape` and
+    `validate_fp8_block_shape_moe`.
+    """
+    form = format_of(quantization) if quantization in QUANTIZATIONS else None
+    if form is None or form.kernel != "fp8_block":
+        return True
+    whole = {kernel.name: kernel.gemm.k for kernel in cascade.kernels(Widths(), Mesh()) if kernel.gemm is not None}
+    return all(
+        kernel.gemm.k % SCALE_BLOCK == 0 or kernel.gemm.k == whole.get(kernel.name)
+        for kernel in cascade.kernels(Widths(), mesh)
+        if kernel.quantized and kernel.gemm is not None
+    )
 
 
 def computes_fp8(profile: GpuProfile) -> bool:

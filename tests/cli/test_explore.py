@@ -34,7 +34,7 @@ def test_the_text_says_why_and_how(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "1. Time per token bounds it: " in text
     assert "The next best, " in text
-    assert "more than the best" in text
+    assert "more than the best: +" in text
     assert text.count("vllm serve meta-llama/Llama-3.1-70B ") == 2
 
 

@@ -40,6 +40,18 @@ def test_experts_are_spread_in_every_way() -> None:
     assert (1, 1, 1, True) not in experts
 
 
+def test_block_scales_limit_how_experts_are_split() -> None:
+    """vLLM refuses Qwen3-235B-A22B-FP8 under TP 8 without expert parallelism: 1,536 / 8 is no multiple of 128."""
+    cascade = EnergyModel("qwen3-235b-a22b-fp8").cascade
+    found = {
+        (d.tensor_parallel_size, d.enable_expert_parallel)
+        for d in engines(cascade, "fp8_per_block", Space(max_gpus=8, data_parallel_size=(1,)))
+    }
+    assert {(4, False), (4, True), (8, True)} <= found
+    assert (8, False) not in found
+    assert (8, False) in {(tp, ep) for tp, _, dp, ep in degrees("qwen3-235b-a22b", Space(max_gpus=8)) if dp == 1}
+
+
 def test_formats_are_those_that_the_gpu_computes_in(found: Exploration) -> None:
     cascade = EnergyModel("llama-3.1-8b").cascade
     hopper, ampere = (
