@@ -3,10 +3,11 @@
     python benchmarks/pareto.py DATA        # DATA/mlenergy_v3/calibration.csv, which is not part of this repository
 
 Of each model and workload, over all that was measured of it (GPUs, their number, number formats, batch limits):
-`order` is Spearman's rank correlation of joules a token. The front is of joules against seconds a token; `found` is the
-share of the measured front that the predicted front holds, `right` the share of the predicted front that is on the
-measured one, and `excess` how many more joules the predicted front takes, in the mean over the latencies of the measured
-front: at each, the cheapest of the predicted front that is measured to be as fast, against the cheapest of all.
+`order` is Spearman's rank correlation of joules a token. The front is of joules against seconds a token; `found` is
+the share of the measured front that the predicted front holds, `right` the share of the predicted front that is on the
+measured one, and `excess` how many more joules the predicted front takes, in the mean over the latencies of the
+measured front: at each, the cheapest of the predicted front that is measured to be as fast, against the cheapest of
+all.
 
 A single series (one GPU count, one format) is a front by itself, all of it or nearly so: its recovery says little, and
 the line "several series" leaves those models out. The shipped profiles are fitted on these very rows, by series; what a
