@@ -24,7 +24,8 @@ from energylens_vllm.energy.batch import Array
 from energylens_vllm.energy.precision import widths
 from energylens_vllm.hardware.profile import GpuProfile
 
-#: Memory that CUDA reports, as vLLM's start-up log shows it (GiB); profiles give the nominal size.
+#: Memory that CUDA reports, as vLLM's start-up log shows it (GiB). It is 0.5 to 1 % less than the driver's figure; of
+#: GPUs that are not listed it is taken to be 1 % less than the profile's.
 CUDA_GIB = {"A100-SXM-80GB": 79.15, "H100-SXM": 79.19, "H200-SXM": 139.81, "B200-SXM": 178.35, "L40S": 44.42}
 #: Tokens of a KV-cache block, vLLM's default.
 BLOCK_TOKENS = 16
@@ -118,7 +119,7 @@ class Memory:
 def cuda_bytes(profile: GpuProfile) -> float:
     """Memory of a GPU as vLLM sees it."""
     gib = CUDA_GIB.get(profile.name)
-    return profile.memory_bytes if gib is None else gib * 2.0**30
+    return 0.99 * profile.memory_bytes if gib is None else gib * 2.0**30
 
 
 def _stage(kernels: list[Kernel], weights: float, tensor_ranks: int) -> Stage:

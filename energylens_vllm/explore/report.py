@@ -35,7 +35,14 @@ COMPONENTS = {
 _CONFIG = {
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
-    "axis": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500, "gridColor": "#e8ebf0"},
+    "axis": {
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": 500,
+        "gridColor": "#e8ebf0",
+        "labelOverlap": "greedy",
+        "labelSeparation": 6,
+    },
     "legend": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500, "labelLimit": 320},
     "header": {"labelFontSize": 12, "titleFontSize": 12},
 }
@@ -78,9 +85,10 @@ def report(found: Exploration, best: Sequence[Choice]) -> str:
             + "</li>"
             for choice in best
         ),
-        "flags": f'<p class="quiet">Flags: {escape(", ".join(sorted(found.flags)))}. Intervals hold 90 % of '
-        "measurements; most of an error is common to all deployments of a model, so their order is surer than that."
-        "</p>",
+        "flags": '<p class="quiet">Intervals hold 90 % of measurements; most of an error is common to all deployments '
+        "of a model, so their order is surer than that."
+        + (f" What is less sure: {escape(', '.join(sorted(found.flags)))}." if found.flags else "")
+        + "</p>",
         "plot_note": "Every point is a deployment; for each batch limit the step budget that takes least is shown. "
         "The line joins what no other beats in energy and latency, numbers are the best deployments above.",
         "order_note": escape(_order_note(swings, best)),
@@ -370,7 +378,7 @@ def _colour(best: Sequence[Choice]) -> dict[str, object]:
 
 def _label(position: int, choice: Choice) -> str:
     replicas = f"{choice.replicas} x " if choice.replicas > 1 else ""
-    return f"{position + 1}  {replicas}{choice.title}"
+    return f"{position + 1}. {replicas}{choice.title}"
 
 
 def _short(value: float) -> float:

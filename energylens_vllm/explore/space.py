@@ -109,7 +109,7 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
 
     Pipeline stages and, for dense networks, data-parallel ranks share nothing that replicas would not share, so data
     parallelism inside an engine is tried for networks with experts only.
-    Raises EinsumError, an EnergyLensError, for a degree that was asked for and that the network cannot be split by.
+    Raises EnergyLensError for a degree that was asked for and that the network cannot be split by.
     """
     experts = any(cascade.expert_rank(block) for block in cascade.blocks)
     for gpu in dict.fromkeys(space.gpus):
@@ -136,10 +136,11 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
 def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[tuple[int, int, int, bool]]:
     every = range(1, space.max_gpus + 1)
     for tp in space.tensor_parallel_size or every:
-        if not _splits(cascade, Mesh(tp=tp), asked=space.tensor_parallel_size is not None):
+        if not _splits(cascade, Mesh(tp=tp), "tensor_parallel_size" if space.tensor_parallel_size else None):
             continue
         for pp in space.pipeline_parallel_size or every:
-            if not _splits(cascade, Mesh(tp=tp, pp=pp), asked=space.pipeline_parallel_size is not None):
+            stages = "pipeline_parallel_size" if space.pipeline_parallel_size else None
+            if not _splits(cascade, Mesh(tp=tp, pp=pp), stages):
                 continue
             for dp in space.data_parallel_size or (every if experts else (1,)):
                 if tp * pp * dp > space.max_gpus:
@@ -150,17 +151,18 @@ def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[tuple[in
                         continue
                     if not ep and wanted and experts and tp * dp > 1:
                         continue
-                    if _splits(cascade, Mesh(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep else 1), asked=False):
+                    if _splits(cascade, Mesh(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep else 1), None):
                         yield tp, pp, dp, ep
 
 
-def _splits(cascade: Cascade, mesh: Mesh, asked: bool) -> bool:
-    """Whether the network can be split so. Raises the error that says why not where the degree was asked for."""
+def _splits(cascade: Cascade, mesh: Mesh, asked: str | None) -> bool:
+    """Whether the network can be split so. Raises what says why not if a field of `Space` asked for it."""
     try:
         cascade.kernels(Widths(), mesh)
-    except EinsumError:
-        if asked:
-            raise
+    except EinsumError as error:
+        if asked is not None:
+            degree = mesh.tp if asked == "tensor_parallel_size" else mesh.pp
+            raise EnergyLensError(f"{asked}: {degree} does not split {cascade.name}: {error}") from error
         return False
     return True
 
