@@ -372,6 +372,10 @@ TRANSFERRED = (
 HOPPER_FP8 = tuple(FREE_FORMATS)
 
 
+#: Kernels that the measured steps of every calibrated GPU ran.
+MEASURED = ("linear.bfloat16", "experts.bfloat16")
+
+
 def half_width_std(errors: Array) -> float:
     """The relative std of a normal distribution of which 90 % lies within what 90 % of the errors do."""
     return round(max(float(np.quantile(np.abs(errors), 0.9)) / 1.645, 0.015), 4)
@@ -424,7 +428,7 @@ def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuP
     fitted = fit_serving(replace(start, vllm_release="0.11.1"), mlenergy_rows(data, "H100-SXM"))
     moved = {name: c for name, c in steps.coefficients.items() if c != fitted.coefficients[name]}
     profile = replace(
-        fitted, by_release={"0.25.1": moved}, calibrated=True, calibrated_formats=("bfloat16", "fp8"),
+        fitted, by_release={"0.25.1": moved}, calibrated=True, calibrated_formats=(*MEASURED, "linear.fp8", "experts.fp8"),
         std=STD | spread(tables, runs),
     )  # fmt: skip
     return profile, steps
@@ -442,7 +446,7 @@ def h200(operations: pathlib.Path, hopper: GpuProfile) -> GpuProfile:
         {"energy.fp8.j_per_flop": fitted["energy.bfloat16.j_per_flop"] * share}, f"{share:.2f} of bf16, as {source}"
     )
     std = STD | spread(tables, runs)
-    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16", "fp8"), std=std)
+    return replace(fitted, calibrated=True, calibrated_formats=(*MEASURED, "linear.fp8"), std=std)
 
 
 def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProfile:
@@ -467,7 +471,7 @@ def b200(operations: pathlib.Path, data: pathlib.Path, known: GpuProfile) -> Gpu
         for quantity, errors in zip(("time", "energy"), zip(*chosen, strict=True), strict=True):
             for phase in ("decode", "prefill"):
                 std[f"{quantity}.{kind}.{phase}"] = half_width_std(np.concatenate(errors))
-    return replace(fitted, calibrated=True, calibrated_formats=("bfloat16",), std=std)
+    return replace(fitted, calibrated=True, calibrated_formats=(*MEASURED, "experts.fp8"), std=std)
 
 
 def unmeasured(operations: pathlib.Path, gpu: str, known: GpuProfile) -> GpuProfile:

@@ -7,15 +7,16 @@ that no measurement covers, communication. Each of those is also a flag.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from energylens_vllm.einsum.kernel import Kernel
 from energylens_vllm.energy.batch import Array, Steps
 from energylens_vllm.energy.deployment import Deployment
-from energylens_vllm.energy.precision import format_of
+from energylens_vllm.energy.precision import format_of, kernel_format
 from energylens_vllm.hardware.profile import GpuProfile
 
 #: Half-width of a 90 % interval of a normal distribution, in standard deviations.
@@ -43,7 +44,8 @@ class Uncertainty:
         if not profile.calibrated:
             flags.add("uncalibrated_gpu")
         form = format_of(quantization)
-        if form is not None and form.kernel not in profile.calibrated_formats:
+        used = {f"{kernel.family}.{kernel_format(form, kernel)}" for kernel in kernels if kernel.gemm is not None}
+        if not used <= set(profile.calibrated_formats):
             flags.add("uncalibrated_format")
         if any(k.attention is not None and k.attention.head_dim != k.attention.value_dim for k in kernels):
             flags.add("extrapolated")  # latent attention: no measured step has run it
@@ -59,6 +61,11 @@ class Uncertainty:
             (extra[0], extra[1]),
             frozenset(flags),
         )
+
+    def wider(self, flag: str, std: float) -> Uncertainty:
+        """Less sure for a reason: `std` more on time and energy, in quadrature."""
+        time, energy = self.extra
+        return replace(self, extra=(math.hypot(time, std), math.hypot(energy, std)), flags=self.flags | {flag})
 
     def relative(self, steps: Steps, communication_share: Array) -> tuple[Array, Array]:
         """Half-widths of the 90 % intervals of each step's time and energy, relative to them.

@@ -31,8 +31,8 @@ class GpuProfile:
 
     `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
     step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
-    this GPU, or only taken from cited constants; `calibrated_formats` which number formats of weights those
-    measurements cover, and `vllm_release` which vLLM ran them (its kernels and its host are part of every step).
+    this GPU, or only taken from cited constants; `calibrated_formats` which kernels in which number
+    formats those measurements cover ("linear.fp8"), and `vllm_release` which vLLM ran them (its kernels and its host are part of every step).
     `by_release` has the coefficients that measurements with another release gave instead, see `at_release`. `std` holds
     relative standard deviations of predictions, by quantity ("time" or "energy") and what they are of:
     "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
@@ -46,7 +46,7 @@ class GpuProfile:
     coefficients: Mapping[str, Coefficient]
     vllm_release: str = "0.25.1"
     by_release: Mapping[str, Mapping[str, Coefficient]] = field(default_factory=dict)
-    calibrated_formats: tuple[str, ...] = ("bfloat16",)
+    calibrated_formats: tuple[str, ...] = ()
     std: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
