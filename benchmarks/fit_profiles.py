@@ -428,8 +428,8 @@ def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuP
     fitted = fit_serving(replace(start, vllm_release="0.11.1"), mlenergy_rows(data, "H100-SXM"))
     moved = {name: c for name, c in steps.coefficients.items() if c != fitted.coefficients[name]}
     profile = replace(
-        fitted, by_release={"0.25.1": moved}, calibrated=True, calibrated_formats=(*MEASURED, "linear.fp8", "experts.fp8"),
-        std=STD | spread(tables, runs),
+        fitted, by_release={"0.25.1": moved}, calibrated=True,
+        calibrated_formats=(*MEASURED, "linear.fp8", "experts.fp8"), std=STD | spread(tables, runs),
     )  # fmt: skip
     return profile, steps
 

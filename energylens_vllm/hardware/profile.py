@@ -31,11 +31,11 @@ class GpuProfile:
 
     `coefficients` maps a dotted name ("linear.bfloat16.compute_efficiency") to its `Coefficient`; the names that the
     step model reads are described in docs/profiles.md. `calibrated` says whether energy was fitted on measurements of
-    this GPU, or only taken from cited constants; `calibrated_formats` which kernels in which number
-    formats those measurements cover ("linear.fp8"), and `vllm_release` which vLLM ran them (its kernels and its host are part of every step).
-    `by_release` has the coefficients that measurements with another release gave instead, see `at_release`. `std` holds
-    relative standard deviations of predictions, by quantity ("time" or "energy") and what they are of:
-    "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
+    this GPU, or only taken from cited constants; `calibrated_formats` which kernels in which number formats those
+    measurements cover ("linear.fp8"), and `vllm_release` which vLLM ran them (its kernels and its host are part of
+    every step). `by_release` has the coefficients that measurements with another release gave instead, see
+    `at_release`. `std` holds relative standard deviations of predictions, by quantity ("time" or "energy") and what
+    they are of: "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
     """
 
     name: str
