@@ -2,6 +2,7 @@
 
 from energylens_vllm.energy.deployment import Deployment
 from energylens_vllm.energy.model import EnergyModel, Predictions, StepPrediction
+from energylens_vllm.energy.overlap import DualBatch, Overlap
 from energylens_vllm.energy.serving import ServingPrediction
 
-__all__ = ["Deployment", "EnergyModel", "Predictions", "ServingPrediction", "StepPrediction"]
+__all__ = ["Deployment", "DualBatch", "EnergyModel", "Overlap", "Predictions", "ServingPrediction", "StepPrediction"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.deployment import Deployment
 from energylens_vllm.energy.interval import Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
+from energylens_vllm.energy.overlap import OVERLAP_STD, DualBatch, DualBatchStep, Overlap, StagedStep
 from energylens_vllm.energy.precision import format_of, kernel_format, widths
 from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
 from energylens_vllm.energy.serving import ServingPrediction, serve
@@ -75,7 +77,8 @@ class EnergyModel:
     """Predicts the steps of one network on one deployment.
 
     `config`: a Hugging Face config (dict), the path of one or of a cascade in YAML, a known name, or a `Cascade`.
-    `profile` takes the place of the one that the deployment names (for fits).
+    `profile` takes the place of the one that the deployment names (for fits). `overlap`: how collectives run beside
+    computation, see energy/overlap.py; None: after it.
     Raises EnergyLensError for a network, a GPU or a sharding that is not known.
     """
 
@@ -84,6 +87,7 @@ class EnergyModel:
         config: Mapping[str, object] | str | os.PathLike[str] | Cascade,
         deployment: Deployment | None = None,
         profile: GpuProfile | None = None,
+        overlap: Overlap | DualBatch | None = None,
     ) -> None:
         self.deployment = deployment = deployment or Deployment()
         self.cascade, quantization = _cascade(config, deployment)
@@ -98,7 +102,8 @@ class EnergyModel:
         self.masks: tuple[Mask, ...] = tuple(dict.fromkeys(k.attention.mask for k in kernels if k.attention))
         self._collectives = Collectives.load(self.profile.name, self.profile.nvlink)
         self._stages = [
-            GpuStep(
+            self._gpu_step(
+                overlap,
                 [kernel for kernel in kernels if kernel.stage == stage],
                 self.masks,
                 self.profile,
@@ -113,6 +118,8 @@ class EnergyModel:
             for stage in range(mesh.pp)
         ]
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
+        if overlap is not None:
+            self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
         self.flags = self._uncertainty.flags
 
     def predict(self, steps: Steps) -> Predictions:
@@ -215,6 +222,13 @@ class EnergyModel:
         form = kernel_format(format_of(self.quantization), kernel)
         table = _load_table(shape, form, self.profile.small_expert_tiles, self.deployment.expert_routing)
         return table(tokens * self.deployment.data_parallel_size)
+
+    def _gpu_step(self, overlap: Overlap | DualBatch | None, *arguments: Any) -> GpuStep:
+        if overlap is None:
+            return GpuStep(*arguments)
+        if isinstance(overlap, Overlap):
+            return StagedStep(overlap, self._collectives, *arguments)
+        return DualBatchStep(overlap, self._collectives, *arguments)
 
     def _exchange(self, kernel: Kernel, message_bytes: Array) -> Exchanged:
         time_s, energy_j = self._collectives.kernel(kernel, message_bytes)

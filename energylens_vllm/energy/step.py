@@ -146,14 +146,8 @@ class GpuStep:
     def evaluate(self, steps: Steps) -> Evaluated:
         """Time and energy of N steps on this GPU."""
         p = self.profile
-        work = Work(steps.tokens)
         prefill_tokens = steps.tokens - steps.decode_tokens
-        self._add_rows(work, self.by_tokens["all"], self.padded(steps.tokens))
-        self._add_rows(work, self.by_tokens["prefill"], prefill_tokens)
-        self._add_rows(work, self.by_tokens["decode"], steps.decode_tokens)
-        self._add_rows(work, self.by_rows, steps.sequences)
-        prefill_j = self._add_attention(work, steps, prefill_tokens)
-
+        work, prefill_j = self._work(steps)
         on_chip = p["energy.memory_core_share"]
         memory_j, core_j = _sum(work.memory_j, work.time_s), _sum(work.core_j, work.time_s)
         at = operate(self.power, work.time_s, work.clocked_s, (1 - on_chip) * memory_j, on_chip * memory_j + core_j)
@@ -180,6 +174,16 @@ class GpuStep:
             waiting_s=work.waiting_s,
         )
 
+    def _work(self, steps: Steps) -> tuple[Work, Array]:
+        """All kernels' seconds and joules at the top clock, and the joules of prefill's attention."""
+        work = Work(steps.tokens)
+        prefill_tokens = steps.tokens - steps.decode_tokens
+        self._add_rows(work, self.by_tokens["all"], self.padded(steps.tokens))
+        self._add_rows(work, self.by_tokens["prefill"], prefill_tokens)
+        self._add_rows(work, self.by_tokens["decode"], steps.decode_tokens)
+        self._add_rows(work, self.by_rows, steps.sequences)
+        return work, self._add_attention(work, steps, prefill_tokens)
+
     def _host_s(self, steps: Steps, prefill_tokens: Array) -> Array:
         """Seconds that the host needs for each step; it works on one while the GPU runs the one before."""
         p = self.profile
@@ -201,13 +205,17 @@ class GpuStep:
             return
         different, index = np.unique(rows, return_inverse=True)
         group = Work(different)
-        for kernel in kernels:
-            self._add_kernel(group, kernel, different)
+        self._add_kernels(group, kernels, different)
         if different[0] == 0:  # nothing is launched for no rows
             group.time_s[0] = group.clocked_s[0] = group.communication_s[0] = group.waiting_s[0] = 0.0
             for joules in (*group.memory_j.values(), *group.core_j.values()):
                 joules[0] = 0.0
         work.take(group, index)
+
+    def _add_kernels(self, work: Work, kernels: Sequence[Kernel], rows: Array) -> None:
+        """Add kernels in the order in which they run."""
+        for kernel in kernels:
+            self._add_kernel(work, kernel, rows)
 
     def _add_kernel(self, work: Work, kernel: Kernel, rows: Array) -> None:
         if kernel.family == "linear":
