@@ -13,6 +13,7 @@ of a request that is preempted and computed again is its own, twice; one that is
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ class Attribution:
         self._tokens = np.zeros((0, 2), dtype=np.int64)
         self._cached: dict[str, tuple[int, float]] = {}
         self._incomplete: set[str] = set()
-        self._finished: list[str] = []
+        self._finished: deque[str] = deque()  # the engine's thread appends
         self._carried_j: list[float] = []  # energy that is less than a unit
 
     def __call__(self, steps: Sequence[Step], predictions: Predictions | None, increments: Increments) -> None:
@@ -92,7 +93,7 @@ class Attribution:
         self._close(increments)
 
     def finish(self, request_ids: Iterable[str]) -> None:
-        """These have finished or were aborted; with the next report they are closed."""
+        """These have finished or were aborted; with the next report they are closed. Any thread may call this."""
         self._finished.extend(request_ids)
 
     def account(self, request_id: str) -> Account | None:
@@ -155,8 +156,10 @@ class Attribution:
         increments.add_all("energylens_saved_energy_joules_total", saved_j)
 
     def _close(self, increments: Increments) -> None:
-        closed = [account for request_id in self._finished if (account := self._take(request_id)) is not None]
-        self._finished = []
+        closed = []
+        while self._finished:
+            if (account := self._take(self._finished.popleft())) is not None:
+                closed.append(account)
         if not closed:
             return
         increments.observe("energylens_request_energy_joules", [account.prefill_j for account in closed], "prefill")

@@ -69,14 +69,21 @@ class _Part:
 class Pairing:
     """A listener of `StepObserver`; `add` gives it the meter's readings.
 
-    `settled` says up to when all steps are reported: no other has begun before. `idle_power_w` is of one GPU.
+    `settled` says up to when all steps are reported: no other has begun before. `idle_power_w` is of one GPU. Of an
+    engine that spans hosts only the GPUs of this one are `metered`.
     """
 
     def __init__(
-        self, num_gpus: int, idle_power_w: float, settled: Callable[[], float], window_s: float = WINDOW_S
+        self,
+        num_gpus: int,
+        idle_power_w: float,
+        settled: Callable[[], float],
+        window_s: float = WINDOW_S,
+        metered: int | None = None,
     ) -> None:
         self.listeners: list[Callable[[Window], None]] = []  #: get each window that was compared
         self._num_gpus, self._idle_power_w, self._window_s = num_gpus, idle_power_w, window_s
+        self._metered = metered or num_gpus
         self._settled = settled
         self._waiting: deque[Reading] = deque()
         self._steps = _Timeline()
@@ -101,7 +108,7 @@ class Pairing:
                 self._grow(reading)
             else:
                 self._waiting.append(reading)
-        while len(self._closed) == self._num_gpus and all(self._closed.values()):
+        while len(self._closed) == self._metered and all(self._closed.values()):
             self._compare([parts.popleft() for parts in self._closed.values()], increments)
         self._steps.forget(min([settled_s - KEPT_S, *(reading.start_s for reading in self._waiting)]))
 
