@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load")
     load.add_argument("--prompt", type=float, required=True, metavar="TOKENS", help="mean length of prompts")
     load.add_argument("--output", type=float, required=True, metavar="TOKENS", help="mean length of outputs")
-    load.add_argument("--ttft", metavar="TIME", help="longest mean time to the first token, such as 1s")
+    load.add_argument(
+        "--ttft",
+        metavar="TIME",
+        help="longest mean time to the first token, such as 1s (default: any"
+        ", but with a rate no more than 5 %% of requests wait in line)",
+    )
     load.add_argument("--tpot", metavar="TIME", help="longest mean time per output token, such as 50ms")
     load.add_argument("--rate", metavar="RATE", help="requests that arrive, such as 20/s (default: as many as can)")
     load.add_argument(

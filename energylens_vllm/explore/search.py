@@ -22,6 +22,9 @@ from energylens_vllm.explore.steady import Steady, steady
 from energylens_vllm.hardware.profile import load_profile
 
 Booleans = npt.NDArray[np.bool_]
+#: Share of requests that may wait in line where no bound on the time to first token is given.
+MOST_WAITING = 0.05
+
 Progress = Callable[[int, int], None]  #: (engines done, engines in all)
 
 
@@ -128,6 +131,8 @@ def explore(
     for bound, latency in ((load.ttft_s, table.ttft_s), (load.tpot_s, table.tpot_s)):
         if bound is not None:
             feasible &= np.nan_to_num(latency, nan=np.inf) <= bound
+    if load.ttft_s is None:
+        feasible &= np.nan_to_num(table.waiting_share, nan=1.0) <= MOST_WAITING
     if not feasible.any():
         raise _nothing_keeps_up(base.cascade.name, table, kept, load, space)
     front = np.zeros(len(table), dtype=bool)
@@ -329,6 +334,11 @@ def _nothing_keeps_up(
                 f"{field}: no deployment of {name} keeps it within {bound * 1e3:.4g} ms; the nearest, "
                 f"{describe(kept[table.engine[least]].deployment)}, has {values[least] * 1e3:.4g} ms"
             )
+    if load.ttft_s is None and load.rate_per_s is not None:
+        return EnergyLensError(
+            f"rate: at {load.rate_per_s:g} requests a second more than {MOST_WAITING:.0%} of them wait in line in each "
+            f"deployment of {name} on up to {space.max_gpus} GPUs; accepted: a lower rate, more GPUs, or a ttft"
+        )
     return EnergyLensError(
         f"ttft and tpot: deployments of {name} keep one or the other, none keeps both; accepted: a longer one of them"
     )

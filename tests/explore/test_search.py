@@ -139,10 +139,21 @@ def test_near_saturation_the_power_is_that_of_a_full_batch() -> None:
                   max_num_batched_tokens=(8192,))  # fmt: skip
     full = explore("llama-3.1-8b", Load(500, 100), space)
     most = float(full.deployments.tokens_per_s[0]) / 100
-    busy = explore("llama-3.1-8b", Load(500, 100, rate_per_s=0.999 * most), space)
+    busy = explore("llama-3.1-8b", Load(500, 100, ttft_s=3600.0, rate_per_s=0.999 * most), space)
     index = int(np.flatnonzero(busy.deployments.max_num_seqs == 64)[0])
     assert busy.deployments.power_w[index] == pytest.approx(full.deployments.power_w[0], rel=0.01)
     assert busy.deployments.waiting_share[index] > 0.9
+    with pytest.raises(EnergyLensError, match="more than 5% of them wait in line in each deployment"):
+        explore("llama-3.1-8b", Load(500, 100, rate_per_s=0.999 * most), space)
+
+
+def test_without_a_bound_hardly_any_request_waits() -> None:
+    space = Space(gpus=("H100-SXM",), max_gpus=2)
+    found = explore("llama-3.1-8b", Load(500, 100, rate_per_s=40.0), space)
+    assert found.deployments.waiting_share[found.feasible].max() <= 0.05
+    patient = explore("llama-3.1-8b", Load(500, 100, ttft_s=60.0, rate_per_s=40.0), space)
+    assert patient.deployments.waiting_share[patient.feasible].max() > 0.05
+    assert patient.deployments.ttft_s[patient.feasible].max() <= 60.0
 
 
 def test_exactly_so_many_gpus() -> None:
