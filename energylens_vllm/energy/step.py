@@ -295,6 +295,7 @@ class GpuStep:
     def _add_decode_attention(self, work: Work, kernel: Kernel, steps: Steps, load: Attention) -> None:
         p, shape = self.profile, kernel.attention
         assert shape is not None
+        self._add_scores(work, kernel, load.decode_pairs)
         read = load.decode_keys * kernel.kv_read_bytes.keys
         work.add(
             kernel.count,
@@ -313,6 +314,7 @@ class GpuStep:
         """Add it; returns its joules."""
         p, shape = self.profile, kernel.attention
         assert shape is not None
+        self._add_scores(work, kernel, load.prefill_pairs)
         tokens, sequences = steps.tokens - steps.decode_tokens, steps.sequences - steps.decode_sequences
         # A prefill reads its own fresh keys from cache; the keys of earlier chunks come from HBM.
         earlier = np.maximum(load.prefill_keys - tokens, 0.0) * kernel.kv_read_bytes.keys
@@ -325,6 +327,15 @@ class GpuStep:
         work.spend(work.memory_j, "kv_cache", memory_j)
         work.spend(work.core_j, "attention", core_j)
         return np.asarray(memory_j + core_j)
+
+    def _add_scores(self, work: Work, kernel: Kernel, pairs: Array) -> None:
+        """Scores that an attention kernel passes through HBM, as one taken apart does; a fused one has none."""
+        if kernel.activation_bytes.pairs:
+            moved = self._hbm(kernel.activation_bytes.pairs * pairs)
+            p = self.profile
+            seconds = moved / (p["memory.bandwidth_bytes_per_s"] * p["elementwise.memory_efficiency"])
+            work.add(kernel.count, Timed(seconds, np.zeros_like(pairs)))
+            work.spend(work.memory_j, "activations", kernel.count * p["energy.memory_j_per_byte"] * moved)
 
     def _add_collective(self, work: Work, kernel: Kernel, rows: Array) -> None:
         assert self.collective is not None
