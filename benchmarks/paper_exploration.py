@@ -183,8 +183,8 @@ def overlap() -> None:
             ])  # fmt: skip
     headers = ["model", "sharding", "phase", *(f"{n} SMs" for n in SMS), "front", "least energy with"]
     print(
-        "Overlap in 4 stages: time / energy relative to none (medians over batches and lengths); mean number of choices "
-        f"on the front,\nof none and {', '.join(map(str, ALL_SMS))} SMs; in how many cells each takes the least energy\n"
+        "Overlap in 4 stages: time / energy relative to none (medians over batches and lengths); mean choices on\n"
+        f"the front, of none and {', '.join(map(str, ALL_SMS))} SMs; in how many cells each takes the least energy\n"
         + table(headers, lines, left=3)
         + "\n"
     )
