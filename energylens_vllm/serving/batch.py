@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 NONE: frozenset[str] = frozenset()
 
 
@@ -18,7 +21,7 @@ class Batch:
 
     request_ids: Sequence[str]
     new_tokens: Sequence[int]
-    computed_tokens: Sequence[int]
+    computed_tokens: Sequence[int] | npt.NDArray[np.int64]
     is_decode: Sequence[bool]
     num_tokens: int  #: sum of the new tokens
     num_decode_tokens: int  #: those of the requests that decode, draft tokens included

@@ -11,6 +11,7 @@ was later: time without work is in no step.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -60,13 +61,14 @@ class StepObserver:
         self,
         read: Callable[[Any], Batch],
         predictor: Predictor | None,
-        report_interval_s: float = 1.0,
+        report_interval_s: float = 2.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`read` makes a batch of what `scheduled` was given; without a predictor, steps are only counted."""
         self.clock = clock
         self.report_interval_s = report_interval_s
         self.has_reporter = False  #: whether a thread calls `report`; if not, the engine's own has to
+        self.out_of_work = threading.Event()  #: tells that thread not to wait for the interval to end
         self.predictor = predictor
         self.guard = Guard()
         self.increments = Increments()  #: for the thread that reports, and its listeners

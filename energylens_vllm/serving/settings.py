@@ -46,8 +46,9 @@ class Settings:
         "flagged `reference_gpu`.",
     )
     report_interval_s: float = setting(
-        1.0,
-        "Seconds between an engine's reports to the API servers, so how far /metrics may lag behind.",
+        2.0,
+        "Seconds between a busy engine's reports to the API servers, so how far /metrics may lag behind. An engine "
+        "that runs out of work reports at once.",
     )
 
     def __post_init__(self) -> None:

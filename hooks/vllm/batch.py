@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from energylens_vllm.serving.batch import NONE, Batch
 
@@ -15,15 +16,21 @@ class Scheduled:
 
     Nearly all steps are one token for each of hundreds of decoding requests. Of those the counts are copied, though
     that costs more here than a reference would: a second's lists of Python integers, kept alive, would push the
-    scheduler's next lists out of the CPU's caches, and reading them later would miss the caches too.
+    scheduler's next lists out of the CPU's caches, and reading them later would miss the caches too. If such a step
+    follows another of the same requests, nothing is copied: each of them has one token more.
     """
 
     __slots__ = (
-        "computed", "drafts", "encoder", "finished", "is_decode", "new", "num_tokens", "outputs", "request_ids",
-        "resumed", "tokens",
+        "ahead", "computed", "drafts", "encoder", "finished", "first", "is_decode", "last", "new", "num_tokens",
+        "outputs", "packed", "request_ids", "resumed", "tokens",
     )  # fmt: skip
 
-    def __init__(self, output: Any) -> None:
+    computed: list[int]
+    packed: bytes  #: instead of `computed` where it is a decode: 64-bit integers,
+    ahead: int  #: each to be raised by this
+
+    def __init__(self, output: Any, before: Scheduled | None = None) -> None:
+        """`before` is the step scheduled before this, where what is computed is never taken back."""
         old, tokens, new = output.scheduled_cached_reqs, output.num_scheduled_tokens, output.scheduled_new_reqs
         self.request_ids: list[str] = old.req_ids
         self.num_tokens: int = output.total_num_scheduled_tokens
@@ -32,21 +39,47 @@ class Scheduled:
         self.encoder: bool = bool(output.scheduled_encoder_inputs)
         self.finished: set[str] = output.finished_req_ids
         computed, outputs = old.num_computed_tokens, old.num_output_tokens
-        #: whether it is one token for each of some running requests that have output
-        self.is_decode: bool = (
+        self.is_decode = False  #: whether it is one token for each of some running requests that have output
+        if (
             not new
             and not self.drafts
             and not self.resumed
-            and self.num_tokens == len(tokens) == len(self.request_ids) == len(outputs)
-            and all(outputs)
-        )
-        if self.is_decode:
-            self.computed: list[int] | bytes = struct.pack(f"{len(outputs)}q", *computed)
-        else:  # references to lists that nobody changes afterwards
+            and self.num_tokens == len(tokens) == len(self.request_ids) == len(outputs) == len(computed)
+        ):
+            self.first, self.last = computed[0], computed[-1]
+            if (
+                before is not None
+                and before.is_decode
+                and before.first + 1 == self.first
+                and before.last + 1 == self.last
+                and before.request_ids == self.request_ids
+            ):
+                self.is_decode = True
+                self.packed, self.ahead = before.packed, before.ahead + 1
+            elif all(outputs):
+                self.is_decode = True
+                self.packed, self.ahead = struct.pack(f"{len(computed)}q", *computed), 0
+        if not self.is_decode:  # references to lists that nobody changes afterwards
             self.computed, self.outputs, self.tokens = computed, outputs, tokens
         self.new: list[tuple[str, int, bool]] = [
             (request.req_id, request.num_computed_tokens, request.lora_request is not None) for request in new
         ]
+
+
+class Recorder:
+    """Makes a Scheduled of each of a scheduler's outputs, in their order."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        # Rejected drafts and failed loads of KV blocks lower the counts of computed tokens.
+        self._is_steady = vllm_config.speculative_config is None and vllm_config.kv_transfer_config is None
+        self._before: Scheduled | None = None
+
+    def __call__(self, output: Any) -> Scheduled:
+        """What to keep of `output`."""
+        scheduled = Scheduled(output, self._before)
+        if self._is_steady:
+            self._before = scheduled
+        return scheduled
 
 
 class Reader:
@@ -59,17 +92,27 @@ class Reader:
     def __init__(self, flags: frozenset[str] = NONE) -> None:
         self._flags = flags
         self._lora_requests: set[str] = set()
+        self._ones: list[int] = []
+        self._trues: list[bool] = []
 
     def __call__(self, scheduled: Scheduled) -> Batch:
         """The batch of one step. Raises ValueError if its lists are not equally long, KeyError for a stray request."""
         request_ids, num_tokens = scheduled.request_ids, scheduled.num_tokens
         finished = frozenset(scheduled.finished) if scheduled.finished else NONE
         if scheduled.is_decode:
-            ones, trues = [1] * num_tokens, [True] * num_tokens
-            computed = array("q", scheduled.computed)
+            if len(self._ones) != num_tokens:
+                self._ones, self._trues = [1] * num_tokens, [True] * num_tokens
+            computed = np.frombuffer(scheduled.packed, dtype=np.int64) + scheduled.ahead
             flags = self._flags_of(scheduled, request_ids)
             return Batch(
-                request_ids, ones, computed, trues, num_tokens, num_tokens, finished_request_ids=finished, flags=flags
+                request_ids,
+                self._ones,
+                computed,
+                self._trues,
+                num_tokens,
+                num_tokens,
+                finished_request_ids=finished,
+                flags=flags,
             )
         new, tokens = scheduled.new, scheduled.tokens
         drafts = {request_id: len(ids) for request_id, ids in scheduled.drafts.items()}

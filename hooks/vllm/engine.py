@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from types import ModuleType
 from typing import Any
 
 from energylens_vllm.hooks.vllm import transport
 from energylens_vllm.serving.observer import StepObserver
 from energylens_vllm.serving.settings import OFFLINE_VARIABLE
+
+GATHER_S = 0.1  #: so that short requests that come one after the other share a report
 
 
 def install(core: ModuleType) -> None:
@@ -60,24 +63,32 @@ def _with_reporter(original: Any) -> Any:
 
 
 class Reporter(threading.Thread):
-    """Makes a report each interval. While the engine works, its next step's outputs carry it; an idle engine sends
-    nothing by itself, so then it is put on the queue to the API servers here."""
+    """Makes a report each interval, and when the engine has run out of work. While the engine works, its next step's
+    outputs carry it; an idle engine sends nothing by itself, so then it is put on the queue to the API servers here."""
 
     def __init__(self, engine: Any, observer: StepObserver) -> None:
         super().__init__(name="energylens-reporter", daemon=True)
         self._engine = engine
         self._observer = observer
-        self._stopped = threading.Event()
         observer.has_reporter = True
 
     def run(self) -> None:
         """Report until the process ends."""
         observer = self._observer
-        while not self._stopped.wait(observer.report_interval_s):
+        while True:
+            if observer.out_of_work.wait(observer.report_interval_s):
+                time.sleep(GATHER_S)
+                observer.out_of_work.clear()
             with observer.guard.at("report"):
                 observer.report()
-                if observer.outbox and observer.clock() - observer.last_end_s > observer.report_interval_s / 2:
+                if observer.outbox and self._is_idle():
                     self._send()
+
+    def _is_idle(self) -> bool:
+        """Whether no step may end soon, which would take the report along."""
+        observer = self._observer
+        silent_s = observer.clock() - observer.last_end_s
+        return silent_s > observer.report_interval_s / 2 or not self._engine.scheduler.has_unfinished_requests()
 
     def _send(self) -> None:
         from vllm.v1.engine import EngineCoreOutputs

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from energylens_vllm.hooks.vllm import transport
-from energylens_vllm.hooks.vllm.batch import Scheduled
+from energylens_vllm.hooks.vllm.batch import Recorder
 from energylens_vllm.hooks.vllm.start import start_observer
 
 
@@ -36,7 +36,10 @@ def observed(base: type) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.energylens_observer = start_observer(self, kwargs.get("vllm_config") or args[0])
+            vllm_config = kwargs.get("vllm_config") or args[0]
+            self.energylens_observer = start_observer(self, vllm_config)
+            if self.energylens_observer is not None:
+                self.energylens_recorder = Recorder(vllm_config)
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
             observer = self.energylens_observer
@@ -46,7 +49,7 @@ def observed(base: type) -> type:
             output = super().schedule(*args, **kwargs)
             try:
                 if output.total_num_scheduled_tokens:
-                    observer.scheduled(output, Scheduled(output), start_s)
+                    observer.scheduled(output, self.energylens_recorder(output), start_s)
             except Exception:
                 observer.guard.failed("schedule")
             return output
@@ -58,8 +61,12 @@ def observed(base: type) -> type:
                 return outputs
             try:
                 observer.ended(scheduler_output)
-                if not observer.has_reporter and observer.is_due(not self.has_unfinished_requests()):
-                    observer.report()
+                out_of_work = not self.has_unfinished_requests()
+                if not observer.has_reporter:
+                    if observer.is_due(out_of_work):
+                        observer.report()
+                elif out_of_work:
+                    observer.out_of_work.set()
                 if observer.outbox:
                     transport.attach(outputs, observer.take_outbox)
             except Exception:

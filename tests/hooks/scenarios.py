@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(
@@ -33,12 +34,10 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from energylens_vllm.hooks.vllm import scheduler as hook_scheduler
 from energylens_vllm.hooks.vllm import start as hook_start
 from energylens_vllm.hooks.vllm import transport
-from energylens_vllm.hooks.vllm.batch import Reader
+from energylens_vllm.hooks.vllm.batch import Reader, Recorder
 from energylens_vllm.hooks.vllm.deployment import describe
-from energylens_vllm.serving import predictor
 from energylens_vllm.serving import start as serving_start
 from energylens_vllm.serving.observer import StepObserver
 
@@ -231,7 +230,9 @@ def with_broken(model: str, scenario_name: str, holder: Any, name: str, broken: 
 
 @scenario
 def broken_predict(model: str) -> dict[str, Any]:
-    return with_broken(model, "broken_predict", predictor.ModelPredictor, "predict")
+    llm = start(model, "broken_predict")
+    llm.llm_engine.engine_core.engine_core.scheduler.energylens_observer.predictor = SimpleNamespace(predict=_broken)
+    return finish(llm, "broken_predict", llm.generate(prompts(12, 40, 7), SHORT, use_tqdm=False))
 
 
 @scenario
@@ -247,7 +248,7 @@ def broken_config(model: str) -> dict[str, Any]:
 @scenario
 def malformed_batches(model: str) -> dict[str, Any]:
     """SchedulerOutputs that lack what is read of them."""
-    return with_broken(model, "malformed_batches", hook_scheduler, "Scheduled", lambda output: output.no_such_field)
+    return with_broken(model, "malformed_batches", Recorder, "__call__", lambda self, output: output.no_such_field)
 
 
 @scenario

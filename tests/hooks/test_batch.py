@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from energylens_vllm.hooks.vllm.batch import Reader, Scheduled
+from energylens_vllm.hooks.vllm.batch import Reader, Recorder, Scheduled
 
 
 def old(name: str, new: int, computed: int, outputs: int, resumed: bool = False) -> dict[str, Any]:
@@ -109,6 +109,41 @@ def test_what_is_kept_of_a_decode_does_not_change_with_the_schedulers_lists(coun
     batch = Reader()(scheduled)
     assert list(batch.computed_tokens) == list(range(1000, 1000 + count))
     assert (len(batch.new_tokens), batch.num_decode_tokens) == (count, count)
+
+
+def recorded(steady: bool, *steps: Any) -> list[list[int]]:
+    """The computed tokens of each step, read after all were recorded."""
+    record = Recorder(SimpleNamespace(speculative_config=None if steady else object(), kv_transfer_config=None))
+    kept = [record(step) for step in steps]
+    return [list(map(int, Reader()(scheduled).computed_tokens)) for scheduled in kept]
+
+
+def decodes(*computed: int, names: str = "abcdef") -> Any:
+    return output([old(name, 1, count, 1) for name, count in zip(names, computed, strict=False)])
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_decode_steps_in_a_row(steady: bool) -> None:
+    rows = [
+        (10, 20, 30), (11, 21, 31), (12, 22, 32),  # the same requests
+        (13, 23), (14, 24),  # one has ended
+        (25, 14), (26, 15),  # counts that do not follow: other requests at the ends
+        (90, 15), (91, 16),
+    ]  # fmt: skip
+    assert recorded(steady, *(decodes(*row) for row in rows)) == [list(row) for row in rows]
+
+
+def test_others_at_the_same_counts() -> None:
+    assert recorded(True, decodes(10, 20, 30), decodes(11, 50, 31, names="axc")) == [[10, 20, 30], [11, 50, 31]]
+
+
+def test_where_drafts_may_be_rejected_every_step_is_read() -> None:
+    assert recorded(False, decodes(10, 20, 30), decodes(11, 18, 31)) == [[10, 20, 30], [11, 18, 31]]
+
+
+def test_after_a_step_with_prefill_a_decode_step_is_read() -> None:
+    mixed = output([old("a", 1, 10, 1), old("b", 1, 19, 0)])
+    assert recorded(True, mixed, decodes(11, 20), decodes(12, 21)) == [[10, 19], [11, 20], [12, 21]]
 
 
 def test_a_resumed_request_with_one_token_left_to_compute() -> None:

@@ -10,6 +10,8 @@ import pytest
 from energylens_vllm.hooks.vllm import scheduler, transport
 from energylens_vllm.serving.observer import StepObserver
 
+CONFIG = SimpleNamespace(speculative_config=None, kv_transfer_config=None)
+
 
 class UserScheduler:
     """A user's own, with the parts that are used of vLLM's interface."""
@@ -31,7 +33,7 @@ class UserScheduler:
 
 def observed(monkeypatch: pytest.MonkeyPatch, observer: StepObserver | None) -> Any:
     monkeypatch.setattr(scheduler, "start_observer", lambda _scheduler, _config: observer)
-    return scheduler.observed(UserScheduler)("config")
+    return scheduler.observed(UserScheduler)(CONFIG)
 
 
 def test_the_same_class_each_time() -> None:

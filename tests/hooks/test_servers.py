@@ -75,8 +75,8 @@ def _path() -> str:
 def one(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
     """One API server, and the folder of its engine's steps; settings from three places."""
     folder = tmp_path_factory.mktemp("one")
-    arguments = ["--plugin", "energylens", "--energylens.gpu", "H100-SXM"]
-    arguments += ["--additional-config", '{"energylens": {"gpu": "L40S", "report_interval_s": 0.5}}']
+    arguments = ["--plugin", "energylens", "--energylens.gpu", "L40S"]
+    arguments += ["--additional-config", '{"energylens": {"gpu": "B200-SXM", "report_interval_s": 0.5}}']
     environment = {"PYTHONPATH": _path(), "FAKE_LOG": str(folder), "ENERGYLENS_REPORT_INTERVAL_S": "60"}
     with serving(tiny_model, folder, 18110, FAKE, *arguments, **environment) as server:
         yield server, folder
@@ -101,12 +101,12 @@ def test_all_series_are_there_before_the_first_request(one: tuple[Server, Path])
     told = {name: value for name, value in shown.items() if value}
     assert told.pop("energylens_predictor_state ready") == 1
     assert sorted(name.split()[0] for name in told) == ["energylens_build_info", "energylens_profile_info"]
-    assert "energylens_profile_info bfloat16 H100-SXM 1 None setting 1" in told
+    assert "energylens_profile_info bfloat16 L40S 1 None setting 1" in told
 
 
 def test_one_api_server(one: tuple[Server, Path], tiny_model: Path) -> None:
     server, folder = one
-    model = EnergyModel(tiny_model, Deployment(gpu="H100-SXM", enforce_eager=True, vllm_release=RELEASE))
+    model = EnergyModel(tiny_model, Deployment(gpu="L40S", enforce_eager=True, vllm_release=RELEASE))
     for _ in range(2):  # the engine is idle in between
         server.complete_all(LENGTHS)
         shown = server.metrics_when(lambda found: num_steps(found) == len(executed(folder, 0)))
@@ -124,7 +124,7 @@ def test_a_stream_that_is_given_up(one: tuple[Server, Path], tiny_model: Path) -
     server.complete(20)
     shown = server.metrics_when(lambda found: before < num_steps(found) == len(executed(folder, 0)))
     check_sums(
-        shown, folder, 0, EnergyModel(tiny_model, Deployment(gpu="H100-SXM", enforce_eager=True, vllm_release=RELEASE))
+        shown, folder, 0, EnergyModel(tiny_model, Deployment(gpu="L40S", enforce_eager=True, vllm_release=RELEASE))
     )
 
 

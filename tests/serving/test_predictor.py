@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def batch(requests: Requests, packed: bool = False) -> Batch:
     return Batch(
         request_ids=[str(i) for i in range(len(new))],
         new_tokens=new,
-        computed_tokens=array("q", computed) if packed else computed,
+        computed_tokens=np.array(computed) if packed else computed,
         is_decode=decode,
         num_tokens=sum(new),
         num_decode_tokens=sum(count for count, decodes in zip(new, decode, strict=True) if decodes),
