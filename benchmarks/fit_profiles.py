@@ -76,8 +76,8 @@ SHEETS = {
         "NVIDIA A100 data sheet (2021); idle power by clock: GPU power studies cited in docs/profiles.md",
     ),
     "H100-SXM": Sheet(
-        85.52e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 3.35e12, 50e6, 700, 72, 120,
-        "NVIDIA H100 data sheet (2023), 1980 MHz top clock; idle 72 W at 900 MHz and less, 120 W at 1980 MHz",
+        85.52e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 3.35e12, 50e6, 700, 72, 132,
+        "NVIDIA H100 data sheet (2023), 1980 MHz top clock; 131-146 W with a CUDA context measured, 72 W at 900 MHz",
     ),
     "H200-SXM": Sheet(
         150.75e9, 132, True, 132 * 4096 * 1.98e9, 2.0, 4.8e12, 50e6, 700, 78, 122,
