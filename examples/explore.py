@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 from energylens_vllm.explore import Load, Space, explore
-from energylens_vllm.explore.search import describe
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "llama-3.1-8b"
 
@@ -23,6 +22,6 @@ for gpu in ("A100-SXM-80GB", "H100-SXM", "H200-SXM"):
         table = found.deployments
         load = "always full" if rate is None else f"{rate:g} requests a second"
         print(
-            f"{load:21} {describe(found.engines[table.engine[best]].deployment):25} "
+            f"{load:21} {found.engines[table.engine[best]].title:25} "
             f"{table.running[best]:4.0f} running  {table.token_j[best]:.3f} J/token  {table.tpot_s[best] * 1e3:.0f} ms"
         )

@@ -73,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whole experts on each GPU (default: with and without)",
     )  # fmt: skip
     tried.add_argument(
+        "--enable-dbo", action="store_true",
+        help="also dual-batch overlap, where data and expert parallelism go together (vLLM needs DeepEP for it)",
+    )  # fmt: skip
+    tried.add_argument(
         "--quantization", "-q", nargs="+", metavar="METHOD",
         help='of the weights; "none" leaves them as they are (default: none and, where the GPU computes in it, fp8)',
     )  # fmt: skip
@@ -142,6 +146,7 @@ def _space(args: argparse.Namespace) -> Space:
         max_num_seqs=several("max_num_seqs") or MAX_NUM_SEQS,
         max_num_batched_tokens=several("max_num_batched_tokens") or MAX_NUM_BATCHED_TOKENS,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        enable_dbo=args.enable_dbo,
         power_limit_w=None if args.power_limit_w is None else tuple(args.power_limit_w),
     )
 

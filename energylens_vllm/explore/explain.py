@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from energylens_vllm.energy import Deployment
-from energylens_vllm.explore.search import Exploration, describe
+from energylens_vllm.explore.search import Exploration
 from energylens_vllm.explore.space import MAX_CAPTURE_SIZE
 from energylens_vllm.explore.steady import steady
 
@@ -81,11 +81,11 @@ def _choice(
     if index != best[0]:
         why.append(_loses("It", found, index, best[0], parts, "the best"))
     elif len(best) > 1:
-        following = describe(found.engines[table.engine[best[1]]].deployment)
+        following = found.engines[table.engine[best[1]]].title
         why.append(_loses(f"The next best, {following},", found, best[1], index, parts, "this"))
     return Choice(
         index=index,
-        title=describe(engine.deployment),
+        title=engine.title,
         deployment=engine.deployment,
         replicas=int(table.replicas[index]),
         gpus=int(table.gpus[index]),
@@ -108,7 +108,8 @@ def _choice(
 def command(found: Exploration, index: int, served: str, quantized: bool = False) -> str:
     """The `vllm serve` that starts one replica."""
     table = found.deployments
-    deployment = found.engines[table.engine[index]].deployment
+    engine = found.engines[table.engine[index]]
+    deployment = engine.deployment
     words = ["vllm", "serve", served]
     for flag, degree in (
         ("--tensor-parallel-size", deployment.tensor_parallel_size),
@@ -119,6 +120,8 @@ def command(found: Exploration, index: int, served: str, quantized: bool = False
             words += [flag, str(degree)]
     if deployment.enable_expert_parallel:
         words.append("--enable-expert-parallel")
+    if engine.dual_batch:
+        words += ["--enable-dbo", "--all2all-backend", "deepep_low_latency"]
     if deployment.quantization is not None and not quantized:
         words += ["--quantization", deployment.quantization]
     if deployment.kv_cache_dtype != "auto":
@@ -239,7 +242,8 @@ def as_json(found: Exploration, best: list[Choice]) -> dict[str, object]:
 def row(found: Exploration, index: int) -> dict[str, object]:
     """One deployment under vLLM's names, with what is predicted of it; None for what does not keep up."""
     table = found.deployments
-    deployment = found.engines[table.engine[index]].deployment
+    engine = found.engines[table.engine[index]]
+    deployment = engine.deployment
 
     def number(value: float) -> float | None:
         return float(f"{value:.6g}") if np.isfinite(value) else None
@@ -252,6 +256,7 @@ def row(found: Exploration, index: int) -> dict[str, object]:
         "pipeline_parallel_size": deployment.pipeline_parallel_size,
         "data_parallel_size": deployment.data_parallel_size,
         "enable_expert_parallel": deployment.enable_expert_parallel,
+        "enable_dbo": engine.dual_batch,
         "quantization": deployment.quantization,
         "kv_cache_dtype": deployment.kv_cache_dtype,
         "power_limit_w": deployment.power_limit_w,

@@ -11,7 +11,7 @@ import numpy as np
 
 from energylens_vllm import __version__
 from energylens_vllm.explore.explain import Choice
-from energylens_vllm.explore.search import Exploration, describe
+from energylens_vllm.explore.search import Exploration
 from energylens_vllm.explore.sensitivity import Point, Swing, over_coefficients, over_loads
 
 #: Order in which libraries are loaded.
@@ -143,9 +143,9 @@ def _pareto(found: Exploration, best: Sequence[Choice]) -> dict[str, object]:
              "rate", "tpot", "ttft", "front", "carries")  # fmt: skip
     rows = []
     for i in shown:
-        deployment = found.engines[table.engine[i]].deployment
+        engine = found.engines[table.engine[i]]
         rows.append([
-            int(table.engine[i]), describe(deployment), int(table.gpus[i]), deployment.quantization or "none",
+            int(table.engine[i]), engine.title, int(table.gpus[i]), engine.deployment.quantization or "none",
             int(table.max_num_seqs[i]), int(table.max_num_batched_tokens[i]), int(table.replicas[i]),
             _short(table.token_j[i]), f"{table.low_j[i]:.3g} .. {table.high_j[i]:.3g}", _short(table.power_w[i]),
             _short(table.tokens_per_s[i] / table.gpus[i]), _short(table.tpot_s[i] * 1e3), _short(table.ttft_s[i] * 1e3),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from energylens_vllm.einsum import Cascade
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Array, Integers
+from energylens_vllm.energy.overlap import DualBatch
 from energylens_vllm.energy.precision import widths
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.explore.arrivals import Speed, arrivals, interpolated
@@ -19,7 +20,7 @@ from energylens_vllm.explore.memory import Memory, cuda_bytes
 from energylens_vllm.explore.pareto import pareto_front
 from energylens_vllm.explore.space import Load, Space, engines
 from energylens_vllm.explore.steady import Steady, steady
-from energylens_vllm.hardware.profile import load_profile
+from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
 Booleans = npt.NDArray[np.bool_]
 #: Share of requests that may wait in line where no bound on the time to first token is given.
@@ -34,10 +35,20 @@ class Engine:
 
     model: EnergyModel
     memory: Memory
+    dual_batch: bool = False
 
     @property
     def deployment(self) -> Deployment:
         return self.model.deployment
+
+    @property
+    def title(self) -> str:
+        """The engine in a few words, such as "2 x H100-SXM, TP2, fp8"."""
+        return _describe(self.deployment) + (", DBO" if self.dual_batch else "")
+
+    def with_profile(self, profile: GpuProfile) -> EnergyModel:
+        """Its model on a GPU with other coefficients."""
+        return _model(self.model.cascade, self.deployment, self.dual_batch, profile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +121,21 @@ def explore(
     space = space or Space()
     base = EnergyModel(model, Deployment(gpu=space.gpus[0]))
     found = list(engines(base.cascade, base.quantization, space))
+    ways = [(deployment, dual) for deployment in found for dual in _dual_batches(deployment, space)]
     kept: list[Engine] = []
     tables: list[Deployments] = []
-    for done, deployment in enumerate(found):
+    for done, (deployment, dual) in enumerate(ways):
         if progress is not None:
-            progress(done, len(found))
-        engine_model = EnergyModel(base.cascade, deployment)
-        engine = Engine(engine_model, Memory.of(engine_model, space.gpu_memory_utilization))
+            progress(done, len(ways))
+        engine_model = _model(base.cascade, deployment, dual)
+        engine = Engine(engine_model, Memory.of(engine_model, space.gpu_memory_utilization), dual)
         limits, budgets = _limits(engine, load, space)
         replicas = _replicas(deployment.num_gpus, load, space)
         if len(limits) and len(replicas):
             tables.append(_evaluate(engine, len(kept), limits, budgets, replicas, load))
             kept.append(engine)
     if progress is not None:
-        progress(len(found), len(found))
+        progress(len(ways), len(ways))
     if not tables:
         raise _nothing_fits(base, found, load, space)
     table = Deployments(*(np.concatenate(column) for column in zip(*map(_columns, tables), strict=True)))
@@ -139,6 +151,18 @@ def explore(
     front[feasible] = pareto_front(table.token_j[feasible], table.tpot_s[feasible], table.gpus[feasible])
     flags = frozenset().union(*(engine.model.flags for engine in kept))
     return Exploration(base.cascade.name, load, space, tuple(kept), table, feasible, front, flags)
+
+
+def _dual_batches(deployment: Deployment, space: Space) -> tuple[bool, ...]:
+    """Without dual-batch overlap, and with it where vLLM has it: its exchanges are those of DeepEP's kernels."""
+    both = space.enable_dbo and deployment.data_parallel_size > 1 and deployment.enable_expert_parallel
+    return (False, True) if both else (False,)
+
+
+def _model(
+    cascade: Cascade, deployment: Deployment, dual_batch: bool, profile: GpuProfile | None = None
+) -> EnergyModel:
+    return EnergyModel(cascade, deployment, profile, DualBatch() if dual_batch else None)
 
 
 def _limits(engine: Engine, load: Load, space: Space) -> tuple[Integers, Integers]:
@@ -332,7 +356,7 @@ def _nothing_keeps_up(
             least = int(np.nanargmin(values))
             return EnergyLensError(
                 f"{field}: no deployment of {name} keeps it within {bound * 1e3:.4g} ms; the nearest, "
-                f"{describe(kept[table.engine[least]].deployment)}, has {values[least] * 1e3:.4g} ms"
+                f"{kept[table.engine[least]].title}, has {values[least] * 1e3:.4g} ms"
             )
     if load.ttft_s is None and load.rate_per_s is not None:
         return EnergyLensError(
@@ -344,8 +368,7 @@ def _nothing_keeps_up(
     )
 
 
-def describe(deployment: Deployment) -> str:
-    """A deployment in a few words, such as "2 x H100-SXM, TP2, fp8"."""
+def _describe(deployment: Deployment) -> str:
     degrees = [
         f"{short}{degree}"
         for short, degree in (

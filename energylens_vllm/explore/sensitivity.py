@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from energylens_vllm.energy import EnergyModel
 from energylens_vllm.explore.explain import Choice
 from energylens_vllm.explore.search import Exploration
 from energylens_vllm.explore.steady import steady
@@ -103,8 +102,14 @@ def _with_profile(found: Exploration, choice: Choice, profile: GpuProfile) -> fl
     """Joules an output token on a GPU with other coefficients."""
     engine, running, budget = found.evaluate(choice.index)
     load = found.load
-    model = EnergyModel(engine.model.cascade, engine.deployment, profile)
-    at = steady(model, [running], [budget], load.prompt_tokens, load.output_tokens, load.prefix_cache_hit_rate)
+    at = steady(
+        engine.with_profile(profile),
+        [running],
+        [budget],
+        load.prompt_tokens,
+        load.output_tokens,
+        load.prefix_cache_hit_rate,
+    )
     return float(at.token_j[0])
 
 

@@ -89,6 +89,7 @@ class Space:
     max_num_batched_tokens: tuple[int, ...] = MAX_NUM_BATCHED_TOKENS
     gpu_memory_utilization: float = 0.9
     power_limit_w: tuple[float, ...] | None = None
+    enable_dbo: bool = False  #: also try vLLM's dual-batch overlap, where data and expert parallelism go together
 
     def __post_init__(self) -> None:
         if not self.gpus:

@@ -74,7 +74,32 @@ def test_chromium_draws_every_chart(page: str, found: Exploration, best: list[Ch
         assert choice.command in document
 
 
+HOVER = """<script>
+  const waiting = setInterval(() => {
+    if (!document.body.dataset.drawn) return;
+    clearInterval(waiting);
+    const point = document.querySelector("#pareto .mark-symbol path");
+    const at = point.getBoundingClientRect();
+    for (const kind of ["pointerover", "pointermove", "mouseover", "mousemove"]) {
+      point.dispatchEvent(new (kind.startsWith("p") ? PointerEvent : MouseEvent)(kind, {
+        bubbles: true, clientX: at.x + at.width / 2, clientY: at.y + at.height / 2}));
+    }
+  }, 50);
+</script></body></html>"""
+
+
 @pytest.mark.chromium
+@pytest.mark.parametrize("found", [None], indirect=True)
+def test_hovering_tells_what_a_point_is(page: str, tmp_path: Path) -> None:
+    document, console = opened(page.replace("</body>\n</html>", HOVER), tmp_path)
+    assert console == []
+    tooltip = document[document.index('id="vg-tooltip-element"') :]
+    for word in ("deployment", "max-num-seqs", "J/token", "TPOT (ms)", "carries the load", "H100-SXM"):
+        assert word in tooltip
+
+
+@pytest.mark.chromium
+@pytest.mark.parametrize("found", [None], indirect=True)
 def test_a_chart_that_fails_is_told(page: str, tmp_path: Path) -> None:
     broken = page.replace('"mark": "bar"', '"mark": "no such mark"')
     assert broken != page

@@ -7,6 +7,7 @@ import pytest
 
 from energylens_vllm import EnergyLensError, EnergyModel
 from energylens_vllm.explore import Exploration, Load, Space, explore
+from energylens_vllm.explore.explain import command
 from energylens_vllm.explore.space import engines
 
 LOAD = Load(1000, 300, ttft_s=1.0, tpot_s=0.05)
@@ -165,6 +166,20 @@ def test_exactly_so_many_gpus() -> None:
 def test_several_kinds_of_gpu_compete() -> None:
     found = explore("llama-3.1-8b", Load(500, 100), Space(gpus=("H100-SXM", "A100-SXM-80GB"), max_gpus=1))
     assert {engine.deployment.gpu for engine in found.engines} == {"H100-SXM", "A100-SXM-80GB"}
+
+
+def test_dual_batch_overlap_where_vllm_has_it() -> None:
+    space = Space(gpus=("H200-SXM",), max_gpus=4, data_parallel_size=(1, 4), quantization=(None,),
+                  kv_cache_dtype=("auto",), enable_dbo=True)  # fmt: skip
+    found = explore("qwen3-30b-a3b", Load(1000, 300), space)
+    dual = [engine for engine in found.engines if engine.dual_batch]
+    assert dual
+    assert all(each.deployment.data_parallel_size > 1 and each.deployment.enable_expert_parallel for each in dual)
+    plain = {engine.title for engine in found.engines if not engine.dual_batch}
+    assert {engine.title.removesuffix(", DBO") for engine in dual} <= plain
+    assert "overlap_not_measured" in found.flags
+    index = int(np.flatnonzero(np.array([e.dual_batch for e in found.engines])[found.deployments.engine])[-1])
+    assert "--enable-dbo --all2all-backend deepep_low_latency" in command(found, index, "m")
 
 
 def test_progress_is_told() -> None:
