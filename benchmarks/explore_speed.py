@@ -118,7 +118,7 @@ def compare(found: Exploration, seconds: float, program: Path) -> None:
         model = models.setdefault(tp, EnergyModel(MODEL, Deployment(gpu=GPU, tensor_parallel_size=tp)))
         here = steady(model, [batch], [8192], LOAD.prompt_tokens, LOAD.output_tokens)
         theirs = [float(row["tpot"]), float(row["ttft"]), float(row["tokens/s/gpu"])]
-        first_s = here.ttft_s[0] + here.tpot_s[0] / 2  # of requests that arrive during a step
+        first_s = here.ttft_s[0] + 1.5 * here.tpot_s[0]  # the rest of the step under way, and the next one
         ours = [here.tpot_s[0] * 1e3, first_s * 1e3, here.tokens_per_s[0] / tp]
         ratios.append(np.log([a / b for a, b in zip(ours, theirs, strict=True)]))
         cells = [f"{a:7.1f} {b:7.1f}  " for a, b in zip(theirs, ours, strict=True)]

@@ -225,7 +225,7 @@ def _saturated(
         power_w=replicas * full.power_w,
         tokens_per_s=replicas * full.tokens_per_s,
         tpot_s=full.tpot_s,
-        ttft_s=_from_arrival(engine, full),
+        ttft_s=full.ttft_s + _until_scheduled_s(engine, full),
         idle_share=np.zeros(len(limits)),
         waiting_share=np.zeros(len(limits)),
     )
@@ -279,19 +279,23 @@ def speed(engine: Engine, sizes: Integers, full: Steady, output_tokens: float) -
     part = np.minimum(np.arange(1, most + 1) / least, 1.0)
     completions = interpolated(most, known, full.tokens_per_s / (ranks * output_tokens))
     power_w = interpolated(most, known, full.power_w / ranks)
+    until_s = interpolated(most, known, _until_scheduled_s(engine, full))  # who comes alone does not wait
     return Speed(
         completions_per_s=completions * part,
         power_w=idle_w + (power_w - idle_w) * part,
         tpot_s=interpolated(most, known, full.tpot_s),
-        ttft_s=interpolated(most, known, _from_arrival(engine, full)),
+        ttft_s=interpolated(most, known, full.ttft_s) + np.where(np.arange(most) > 0, until_s, 0.0),
         idle_w=idle_w,
     )
 
 
-def _from_arrival(engine: Engine, full: Steady) -> Array:
-    """Time to the first token of requests that arrive at random: half of the step under way comes first."""
+def _until_scheduled_s(engine: Engine, full: Steady) -> Array:
+    """How long a request waits that arrives at random while others run: half of the step under way, and with
+    asynchronous scheduling the next step, which is scheduled already."""
     step_s = full.tpot_s / engine.deployment.pipeline_parallel_size
-    return full.ttft_s + step_s / 2
+    wanted = engine.deployment.async_scheduling
+    ahead = engine.model.profile.async_scheduling if wanted is None else wanted
+    return (1.5 if ahead else 0.5) * step_s
 
 
 def _columns(table: Deployments) -> list[np.ndarray]:
