@@ -65,16 +65,23 @@ class Account:
 class Attribution:
     """A listener of `StepObserver`. `listeners` get the accounts of requests that have finished."""
 
-    def __init__(self, prices: Prices, spared: Spared, rule: str = "shapley") -> None:
+    def __init__(
+        self,
+        prices: Prices,
+        spared: Spared,
+        rule: str = "shapley",
+        settled: Callable[[], float] = lambda: float("inf"),
+    ) -> None:
+        """`settled` says up to when all steps have been reported."""
         self.listeners: list[Callable[[Sequence[Account]], None]] = []
-        self._prices, self._spared, self._rule = prices, spared, rule
+        self._prices, self._spared, self._rule, self._settled = prices, spared, rule, settled
         self._slots: dict[str, int] = {}  # request -> its row in the arrays below
         self._free: list[int] = []
         self._units = np.zeros((0, 2), dtype=np.int64)  # by phase, in the order of PHASES
         self._tokens = np.zeros((0, 2), dtype=np.int64)
         self._cached: dict[str, tuple[int, float]] = {}
         self._incomplete: set[str] = set()
-        self._finished: deque[str] = deque()  # the engine's thread appends
+        self._finished: deque[tuple[float, str]] = deque()  # when, which; the engine's thread appends
         self._carried_j: list[float] = []  # energy that is less than a unit
 
     def __call__(self, steps: Sequence[Step], predictions: Predictions | None, increments: Increments) -> None:
@@ -89,12 +96,18 @@ class Attribution:
         for batch in batches:
             if batch.cached_tokens:
                 self._add_cached(batch, increments)
-            self._finished.extend(batch.finished_request_ids)
-        self._close(increments)
+        done = [request_id for batch in batches for request_id in batch.finished_request_ids]
+        settled_s = self._settled()
+        while self._finished and self._finished[0][0] <= settled_s:
+            done.append(self._finished.popleft()[1])
+        self._close(done, increments)
 
-    def finish(self, request_ids: Iterable[str]) -> None:
-        """These have finished or were aborted; with the next report they are closed. Any thread may call this."""
-        self._finished.extend(request_ids)
+    def finish(self, request_ids: Iterable[str], time_s: float) -> None:
+        """These have finished or were aborted by `time_s`; when all steps until then are reported, they are closed.
+
+        Any thread may call this. It is for those that no later batch names as finished.
+        """
+        self._finished.extend((time_s, request_id) for request_id in request_ids)
 
     def account(self, request_id: str) -> Account | None:
         """What a request that has not been closed has cost so far; None if it has had no step."""
@@ -155,11 +168,8 @@ class Attribution:
             self._cached[request_id] = (before_tokens + tokens, before_j + joules)
         increments.add_all("energylens_saved_energy_joules_total", saved_j)
 
-    def _close(self, increments: Increments) -> None:
-        closed = []
-        while self._finished:
-            if (account := self._take(self._finished.popleft())) is not None:
-                closed.append(account)
+    def _close(self, request_ids: Iterable[str], increments: Increments) -> None:
+        closed = [account for request_id in request_ids if (account := self._take(request_id)) is not None]
         if not closed:
             return
         increments.observe("energylens_request_energy_joules", [account.prefill_j for account in closed], "prefill")

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from energylens_vllm.meter.gpu import THROTTLE_REASONS
+from energylens_vllm.meter.track import FAULTS
+
 COMMON_LABELS = ("model_name", "engine")
 MAX_SERIES_PER_ENGINE = 300
 
@@ -79,6 +82,7 @@ def _decades(low: int, high: int) -> tuple[float, ...]:
 
 
 _PHASE = (("phase", PHASES),)
+_GPU = (("gpu", ()),)
 
 PREDICTION = (
     Metric(
@@ -176,6 +180,125 @@ PREDICTION = (
     ),
 )
 
+METER = (
+    Metric(
+        "energylens_nvml_up",
+        "gauge",
+        "",
+        "1 if all GPUs of the engine on this host can be read now; 0 if not, or if there is no NVIDIA GPU.",
+    ),
+    Metric(
+        "energylens_gpu_energy_joules_total",
+        "counter",
+        "joules",
+        "Measured energy of a GPU. Time in which neither its counter nor its power could be read is not in it.",
+        _GPU,
+    ),
+    Metric(
+        "energylens_gpu_module_energy_joules_total",
+        "counter",
+        "joules",
+        "On a superchip, measured energy of the module that the GPU is on, CPU included.",
+        _GPU,
+    ),
+    Metric("energylens_gpu_power_watts", "gauge", "watts", "Mean power of a GPU over its last reading (1 s).", _GPU),
+    Metric("energylens_gpu_power_limit_watts", "gauge", "watts", "The power limit in force.", _GPU),
+    Metric("energylens_gpu_sm_clock_hertz", "gauge", "hertz", "Clock of the SMs.", _GPU),
+    Metric("energylens_gpu_memory_clock_hertz", "gauge", "hertz", "Clock of the memory.", _GPU),
+    Metric("energylens_gpu_temperature_celsius", "gauge", "celsius", "Temperature of the GPU.", _GPU),
+    Metric(
+        "energylens_gpu_throttled_seconds_total",
+        "counter",
+        "seconds",
+        "Time in which a GPU ran below its top clock, by reason; sampled each 0.2 s. Reasons may hold at once.",
+        (("gpu", ()), ("reason", THROTTLE_REASONS)),
+    ),
+    Metric(
+        "energylens_gpu_reading_age_seconds", "gauge", "seconds", "Time since the last reading of a GPU ended.", _GPU
+    ),
+    Metric(
+        "energylens_gpu_reading_trusted",
+        "gauge",
+        "",
+        "1 if a GPU's energy counter and its integrated power agree within 10 % over 10 s; else 0.",
+        _GPU,
+    ),
+    Metric(
+        "energylens_meter_faults_total",
+        "counter",
+        "faults",
+        "What went wrong in reading the GPUs, by kind; docs/meter.md says what each means.",
+        (("kind", FAULTS),),
+    ),
+)
+
+PAIRING = (
+    Metric(
+        "energylens_compared_energy_joules_total",
+        "counter",
+        "joules",
+        "Energy over the windows in which prediction and measurement were compared, idle time included.",
+        (("side", ("predicted", "measured")),),
+    ),
+    Metric(
+        "energylens_absolute_error_joules_total",
+        "counter",
+        "joules",
+        "Absolute difference of predicted and measured energy, summed over those windows.",
+    ),
+    Metric(
+        "energylens_relative_error",
+        "histogram",
+        "",
+        "Predicted over measured energy of one window (5 s), less one.",
+        buckets=(-0.5, -0.2, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0),
+    ),
+    Metric(
+        "energylens_bias_ratio",
+        "gauge",
+        "",
+        "Predicted over measured energy of all windows since the engine started, less one.",
+    ),
+    Metric(
+        "energylens_compared_windows_total",
+        "counter",
+        "windows",
+        "Windows that were compared, by whether the measured energy was inside the prediction interval.",
+        (("interval", ("inside", "outside")),),
+    ),
+    Metric(
+        "energylens_uncompared_windows_total",
+        "counter",
+        "windows",
+        "Windows that could not be compared: the meter is not to be trusted, or a step had no prediction.",
+        (("reason", ("meter", "prediction")),),
+    ),
+)
+
+ATTRIBUTION = (
+    Metric(
+        "energylens_request_energy_joules",
+        "histogram",
+        "joules",
+        "Predicted energy of one finished or aborted request (with the setting `attribution`).",
+        _PHASE,
+        buckets=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0),
+    ),
+    Metric(
+        "energylens_attributed_energy_joules_total",
+        "counter",
+        "joules",
+        "Predicted energy that was charged to requests, finished or not; exactly the sum of their accounts.",
+        _PHASE,
+    ),
+    Metric(
+        "energylens_saved_energy_joules_total",
+        "counter",
+        "joules",
+        "What prompt tokens found in a prefix cache would have cost (with the setting `attribution`).",
+    ),
+)
+
 PLUGIN = (
     Metric(
         "energylens_build_info",
@@ -216,5 +339,5 @@ PLUGIN = (
 )
 
 #: Add a group here and it is exported, documented and counted against MAX_SERIES_PER_ENGINE.
-METRICS: tuple[Metric, ...] = (*PREDICTION, *PLUGIN)
+METRICS: tuple[Metric, ...] = (*PREDICTION, *METER, *PAIRING, *ATTRIBUTION, *PLUGIN)
 BY_NAME = {metric.name: metric for metric in METRICS}

@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from energylens_vllm.serving.guard import FAILURES, Guard
 from energylens_vllm.serving.increments import Increments, Report
 from energylens_vllm.serving.metrics import COMPONENTS, FLAGS, PHASES
 from energylens_vllm.serving.predictor import Predictions, Predictor
+
+if TYPE_CHECKING:
+    from energylens_vllm.serving.attribution import Attribution
 
 MAX_IN_FLIGHT = 64  #: steps remembered between schedule() and update_from_output(); vLLM keeps a handful
 #: ended steps kept for the next report (some 16 kB each with 256 requests); more are lost, and counted as unpredicted
@@ -46,15 +49,20 @@ class Step:
         return self.end_s - self.start_s
 
 
-#: gets each report's steps, in order, with their predictions (None if there are none), and may add to the report
+#: A schedule() call that is under way is not seen before it ends.
+UNSEEN_S = 0.05
+
+#: gets each report's steps, in order and perhaps none, with their predictions (None if there are none), and may add to
+#: the report
 Listener = Callable[[Sequence[Step], Predictions | None, Increments], None]
 
 
 class StepObserver:
     """Observes one engine.
 
-    The engine's thread calls `scheduled`, `ended` and `take_outbox`; one other thread, or the engine's own, calls
-    `report`. They meet in two deques, whose ends are thread-safe, so nobody waits for a lock.
+    The engine's thread calls `scheduled`, `ended` and `take_outbox`; one other thread calls `report`, or the engine's
+    own. They meet in two deques, whose ends are thread-safe, so nobody waits for a lock; only `report` has one, for an
+    engine that cannot wait for the other thread's next.
     """
 
     def __init__(
@@ -73,15 +81,20 @@ class StepObserver:
         self.guard = Guard()
         self.increments = Increments()  #: for the thread that reports, and its listeners
         self.listeners: list[Listener] = []
+        self.attribution: Attribution | None = None  #: one of the listeners, if requests have accounts
+        self.asking: set[str] = set()  #: requests that want to be told their energy
         self.outbox: deque[Report] = deque()  #: reports to be shipped; any thread may append
         self.num_dummy_steps = 0
         self.last_end_s = float("-inf")
+        #: up to when all steps have been reported: those that have not, begin later
+        self.settled_s = float("-inf")
         self._read = read
         self._in_flight: dict[int, tuple[object, Any, float]] = {}
         self._ended: deque[tuple[Any, float, float]] = deque(maxlen=MAX_UNREPORTED)
         self._num_ended = self._num_taken = 0
         self._reported_dummy_steps = 0
         self._next_report_s = clock() + report_interval_s
+        self._reporting = threading.Lock()
 
     def scheduled(self, key: object, work: Any, start_s: float) -> None:
         """A step was scheduled, beginning at `start_s`. `key` is any object that stands for it until it has ended."""
@@ -91,13 +104,14 @@ class StepObserver:
 
     def ended(self, key: object) -> None:
         """The step of `key` has ended now. One that was not seen being scheduled is ignored."""
-        flight = self._in_flight.pop(id(key), None)
+        flight = self._in_flight.get(id(key))
         if flight is None:
             return
         end_s = self.clock()
         self._ended.append((flight[1], max(flight[2], self.last_end_s), end_s))
         self._num_ended += 1
         self.last_end_s = end_s
+        del self._in_flight[id(key)]  # not before: at any time a step is in one of both
 
     def is_due(self, out_of_work: bool) -> bool:
         """Whether to call `report` now: the interval is over, or no later step may come to do it."""
@@ -115,8 +129,15 @@ class StepObserver:
 
     def report(self) -> None:
         """Predict and account for the steps that ended since the last call, and put a report into the outbox."""
+        with self._reporting:
+            self._report()
+
+    def _report(self) -> None:
         self._next_report_s = self.clock() + self.report_interval_s
-        if steps := self._take_steps():
+        settled_s = self._begun_s()
+        steps, predictions = self._take_steps(), None
+        self.settled_s = settled_s
+        if steps:
             predictions = self._predict(steps)
             _add_steps(self.increments, steps)
             if predictions is None:
@@ -124,12 +145,18 @@ class StepObserver:
             else:
                 _add_predictions(self.increments, steps, predictions)
             _add_flags(self.increments, steps, predictions)
-            for listener in self.listeners:
-                with self.guard.at("listen"):
-                    listener(steps, predictions, self.increments)
+        for listener in self.listeners:
+            with self.guard.at("listen"):
+                listener(steps, predictions, self.increments)
         self._add_counts()
         if report := self.increments.take():
             self.outbox.append(report)
+
+    def _begun_s(self) -> float:
+        """When the earliest step began to run that is yet to end; now, if there is none."""
+        last_end_s = self.last_end_s
+        in_flight = [start_s for _, _, start_s in list(self._in_flight.values())]
+        return max(last_end_s, min([self.clock() - UNSEEN_S, *in_flight]))
 
     def _take_steps(self) -> list[Step]:
         num_ended, steps = self._num_ended, []

@@ -21,6 +21,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from energylens_vllm.errors import EnergyLensError, unknown
+from energylens_vllm.serving.shares import RULES
 
 PREFIX = "ENERGYLENS_"
 FLAG_VARIABLE = f"{PREFIX}SETTINGS"  #: carries what --energylens was given, as JSON
@@ -50,6 +51,16 @@ class Settings:
         "Seconds between a busy engine's reports to the API servers, so how far /metrics may lag behind. An engine "
         "that runs out of work reports at once.",
     )
+    meter: bool = setting(True, "Whether to read the energy of the engine's GPUs, where it has any.")
+    attribution: bool = setting(
+        False, "Whether to say what each request costs: docs/attribution.md. It is off by default for what it costs."
+    )
+    attribution_rule: str = setting(
+        "shapley", "How requests of a step share its reading of weights: `shapley` or `per_token`."
+    )
+    request_log: str | None = setting(
+        None, "With `attribution`, a file that gets a line of JSON for each finished request; rotated at 64 MiB."
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -57,6 +68,12 @@ class Settings:
         if not self.report_interval_s > 0:
             raise EnergyLensError(
                 f"report_interval_s: {self.report_interval_s!r} is not positive; accepted: seconds > 0"
+            )
+        if self.attribution_rule not in RULES:
+            raise unknown("attribution_rule", self.attribution_rule, RULES)
+        if self.request_log is not None and not self.attribution:
+            raise EnergyLensError(
+                "request_log: it needs attribution, which is false; accepted with attribution: a path"
             )
 
 

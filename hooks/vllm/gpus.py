@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from energylens_vllm.meter import Nvml
+from energylens_vllm.meter.nvml import Nvml
 
 
 def gpus_of(vllm_config: Any) -> tuple[Nvml, int] | None:
-    """NVML for the GPUs of this engine on this host, and how many there are; None if that cannot be told (Ray).
+    """NVML for the GPUs of this engine on this host, and how many there are; None if there are none, or they cannot be
+    told (Ray).
 
     As `vllm.v1.worker.gpu_worker` chooses them: each data-parallel rank of a host takes the next ones of those that
     CUDA_VISIBLE_DEVICES shows.
     """
+    from vllm.platforms import current_platform
+
     parallel = vllm_config.parallel_config
+    if not current_platform.is_cuda():
+        return None
     if parallel.distributed_executor_backend in ("ray", "external_launcher"):
         return None
     if getattr(parallel, "data_parallel_backend", "mp") == "ray":

@@ -6,7 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from energylens_vllm.hooks.vllm import transport
+from energylens_vllm.hooks.vllm import requests, transport
 from energylens_vllm.hooks.vllm.batch import Recorder
 from energylens_vllm.hooks.vllm.start import start_observer
 
@@ -50,6 +50,8 @@ def observed(base: type) -> type:
             try:
                 if output.total_num_scheduled_tokens:
                     observer.scheduled(output, self.energylens_recorder(output), start_s)
+                if observer.attribution is not None:
+                    requests.scheduled(observer, output)
             except Exception:
                 observer.guard.failed("schedule")
             return output
@@ -61,6 +63,8 @@ def observed(base: type) -> type:
                 return outputs
             try:
                 observer.ended(scheduler_output)
+                if observer.asking:
+                    requests.answer(observer, outputs)
                 out_of_work = not self.has_unfinished_requests()
                 if not observer.has_reporter:
                     if observer.is_due(out_of_work):

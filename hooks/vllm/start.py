@@ -9,7 +9,9 @@ from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hooks.vllm import log, status
 from energylens_vllm.hooks.vllm.batch import Reader
 from energylens_vllm.hooks.vllm.deployment import describe
+from energylens_vllm.hooks.vllm.gpus import gpus_of
 from energylens_vllm.serving import settings
+from energylens_vllm.serving.listen import attribute, measure
 from energylens_vllm.serving.metrics import PREDICTOR_STATES
 from energylens_vllm.serving.observer import StepObserver
 from energylens_vllm.serving.start import Started, failed, start_predictor
@@ -36,7 +38,9 @@ def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
         started = started or _start(vllm_config, chosen)
         if started.predictor is None and status.is_required():
             raise EnergyLensError(started.problem)
-        return _observe(started, chosen.report_interval_s)
+        observer = _observe(started, chosen.report_interval_s)
+        _listen(observer, vllm_config, chosen)
+        return observer
     except Exception as error:
         status.unusable(error)
         return None
@@ -66,6 +70,19 @@ def _start(vllm_config: Any, chosen: settings.Settings) -> Started:
     except Exception as error:  # this release of vLLM may have other names for something
         return failed(f"vLLM's configuration cannot be read: {type(error).__name__}: {error}")
     return start_predictor(engine, chosen.gpu)
+
+
+def _listen(observer: StepObserver, vllm_config: Any, chosen: settings.Settings) -> None:
+    """Measure and attribute, as far as is wanted. Raises if it cannot attribute, but only if the plugin is required."""
+    with observer.guard.at("start"):
+        if chosen.meter and (found := gpus_of(vllm_config)) is not None:
+            measure(observer, *found)
+    try:
+        attribute(observer, chosen, vllm_config.parallel_config.data_parallel_index)
+    except Exception:
+        if status.is_required():
+            raise
+        observer.guard.failed("start")
 
 
 def _observe(started: Started, report_interval_s: float) -> StepObserver:

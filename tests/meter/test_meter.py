@@ -12,8 +12,8 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from energylens_vllm.meter import Meter, Nvml, Reading
-from energylens_vllm.meter.gpu import State
+from energylens_vllm.meter import Meter, Reading, State
+from energylens_vllm.meter.nvml import Nvml
 
 
 def run(meter: Meter, time: object, seconds: float, events: dict[float, Callable[[], None]] | None = None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pynvml
 import pytest
 
-from energylens_vllm.meter import GpuUnavailable, MeterError, MigRefused, NoMeter, NotSupported, Nvml
+from energylens_vllm.meter import GpuUnavailable, MeterError, MigRefused, NoMeter, NotSupported
+from energylens_vllm.meter.nvml import Nvml
 
 
 @pytest.mark.parametrize(

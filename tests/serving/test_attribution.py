@@ -245,13 +245,18 @@ def test_what_a_cache_hit_saves_is_what_computing_costs() -> None:
 
 
 def test_finished_requests_are_closed_once() -> None:
-    ledger, increments = attribution(), Increments()
-    closed: list[Account] = []
+    settled_s = [0.0]
+    ledger = Attribution(PRICES["dense"], SPARED["dense"], settled=lambda: settled_s[0])
+    increments, closed = Increments(), []
     ledger.listeners.append(closed.extend)
     report(ledger, [batch([("a", 10, 0, False), ("b", 10, 0, False), ("c", 9, 0, False)])], increments)
     report(ledger, [batch([("b", 1, 10, True)], finished=["a"])], increments)
     assert [a.request_id for a in closed] == ["a"]
-    ledger.finish(["b", "never seen"])
+    settled_s[0] = 4.0
+    ledger.finish(["b", "never seen"], 5.0)
+    report(ledger, [], increments)
+    assert [a.request_id for a in closed] == ["a"]  # a step that began before may be under way
+    settled_s[0] = 5.0
     report(ledger, [], increments)
     assert [a.request_id for a in closed] == ["a", "b"]
     assert ledger.account("a") is None

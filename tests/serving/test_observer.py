@@ -227,6 +227,36 @@ def test_a_prediction_that_would_spoil_a_counter_is_refused(
     assert not [name for name in sums if "energy" in name or "time" in name]
 
 
+def test_listeners_hear_of_every_report(observer: StepObserver) -> None:
+    heard: list[tuple[int, bool]] = []
+    observer.listeners.append(lambda steps, predictions, _: heard.append((len(steps), predictions is None)))
+    observer.report()
+    work = Work(decode=1)
+    observer.scheduled(work, work, 0.0)
+    observer.ended(work)
+    observer.report()
+    assert heard == [(0, True), (1, False)]
+
+
+def test_up_to_when_steps_are_settled(observer: StepObserver, clock: Clock) -> None:
+    def settled_s(now_s: float) -> float:
+        clock.now = now_s
+        observer.report()
+        return round(observer.settled_s, 9)
+
+    assert settled_s(1.0) == 0.95  # a step that began before would be known by now
+    first, second = Work(decode=1), Work(decode=1)
+    observer.scheduled(first, first, 2.0)
+    assert settled_s(3.0) == 2.0
+    observer.scheduled(second, second, 3.0)
+    clock.now = 4.0
+    observer.ended(first)
+    assert settled_s(4.5) == 4.0  # the second was scheduled before, but runs from the end of the first on
+    clock.now = 5.0
+    observer.ended(second)
+    assert settled_s(9.0) == 8.95
+
+
 def test_one_thread_may_report_while_the_other_works(predictor: Predictor) -> None:
     observer, reports, stop = StepObserver(read, predictor), [], threading.Event()
 

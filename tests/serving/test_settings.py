@@ -38,6 +38,13 @@ def test_the_flag_beats_the_additional_config_beats_the_environment() -> None:
         ({}, {"ENERGYLENS_ENABLED": "maybe"}, "ENERGYLENS_ENABLED: 'maybe' is not a boolean"),
         ({}, {"ENERGYLENS_REPORT_INTERVAL_S": "soon"}, "'soon' is not a number"),
         ({"energylens": {"enabled": 1}}, {}, "enabled: 1 is not of type bool"),
+        (
+            {"energylens": {"attribution_rule": "shaply"}},
+            {},
+            "attribution_rule: unknown value 'shaply' (did you mean 'shapley'?)",
+        ),
+        ({"energylens": {"request_log": "a.jsonl"}}, {}, "request_log: it needs attribution"),
+        ({}, {"ENERGYLENS_METER": "perhaps"}, "ENERGYLENS_METER: 'perhaps' is not a boolean"),
         ({"energylens": {"report_interval_s": True}}, {}, "report_interval_s: True is not of type float"),
         ({"energylens": {"gpu": 200}}, {}, "gpu: 200 is not of type str or null"),
         ({"energylens": {"report_interval_s": 0}}, {}, "report_interval_s: 0 is not positive"),

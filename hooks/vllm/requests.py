@@ -1,0 +1,38 @@
+"""What is done for single requests, where they have accounts: who asks, who has gone, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from energylens_vllm.serving.observer import StepObserver
+from energylens_vllm.serving.response import KEY, asks
+
+
+def scheduled(observer: StepObserver, output: Any) -> None:
+    """Look at a SchedulerOutput's new and finished requests."""
+    for request in output.scheduled_new_reqs:
+        if request.sampling_params is not None and asks(request.sampling_params.extra_args):
+            observer.asking.add(request.req_id)
+    if output.finished_req_ids:
+        observer.asking.difference_update(output.finished_req_ids)
+        if not output.total_num_scheduled_tokens and observer.attribution is not None:  # else its batch names them
+            observer.attribution.finish(output.finished_req_ids, observer.clock())
+
+
+def answer(observer: StepObserver, outputs: Mapping[int, Any]) -> None:
+    """Tell the requests among an engine step's outputs that have finished and asked."""
+    asking = observer.asking
+    finished = [
+        output
+        for each in outputs.values()
+        for output in each.outputs
+        if output.request_id in asking and output.finish_reason is not None
+    ]
+    if not finished or observer.attribution is None:
+        return
+    observer.report()  # with the step that has just ended
+    for output in finished:
+        asking.discard(output.request_id)
+        if (account := observer.attribution.account(output.request_id)) is not None:
+            output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: account.as_dict()}
