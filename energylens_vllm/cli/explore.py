@@ -173,8 +173,8 @@ def _measure(flag: str, text: str | None, units: dict[str, float], accepted: str
 
 def _served(model: str) -> tuple[str, bool]:
     """What `vllm serve` calls the model, and whether its checkpoint is quantized."""
-    if model.endswith((".yaml", ".yml")):
-        return model, False
+    if model.endswith((".yaml", ".yml")):  # a cascade: vLLM serves what it describes, under a name of its own
+        return Path(model).stem, False
     quantized = quantization_of(load_config(model)) is not None
     if model in known_models():
         return hub_ids(model)[0], quantized

@@ -136,34 +136,42 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
 
 def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[tuple[int, int, int, bool]]:
     every = range(1, space.max_gpus + 1)
+    asked = space.tensor_parallel_size is not None
     for tp in space.tensor_parallel_size or every:
-        if not _splits(cascade, Mesh(tp=tp), "tensor_parallel_size" if space.tensor_parallel_size else None):
+        if not _splits(cascade, Mesh(tp=tp), asked):
             continue
-        for pp in space.pipeline_parallel_size or every:
-            stages = "pipeline_parallel_size" if space.pipeline_parallel_size else None
-            if not _splits(cascade, Mesh(tp=tp, pp=pp), stages):
+        for dp in space.data_parallel_size or (every if experts else (1,)):
+            if tp * dp > space.max_gpus:
                 continue
-            for dp in space.data_parallel_size or (every if experts else (1,)):
-                if tp * pp * dp > space.max_gpus:
+            for ep in (False, True):
+                wanted = space.enable_expert_parallel
+                if ep and (not experts or tp * dp == 1 or wanted is False):
                     continue
-                for ep in (False, True):
-                    wanted = space.enable_expert_parallel
-                    if ep and (not experts or tp * dp == 1 or wanted is False):
-                        continue
-                    if not ep and wanted and experts and tp * dp > 1:
-                        continue
-                    if _splits(cascade, Mesh(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep else 1), None):
-                        yield tp, pp, dp, ep
+                if not ep and wanted and experts and tp * dp > 1:
+                    continue
+                if _splits(cascade, Mesh(tp=tp, dp=dp, ep=tp * dp if ep else 1), asked=False):
+                    for pp in _stages(cascade, space):
+                        if tp * dp * pp <= space.max_gpus:
+                            yield tp, pp, dp, ep
 
 
-def _splits(cascade: Cascade, mesh: Mesh, asked: str | None) -> bool:
-    """Whether the network can be split so. Raises what says why not if a field of `Space` asked for it."""
+def _stages(cascade: Cascade, space: Space) -> Iterator[int]:
+    """Numbers of pipeline stages that have a layer each. Raises what says why not where one was asked for."""
+    layers = sum(block.count or 0 for block in cascade.blocks)
+    for stages in space.pipeline_parallel_size or range(1, space.max_gpus + 1):
+        if stages <= max(layers, 1):
+            yield stages
+        elif space.pipeline_parallel_size is not None:
+            raise EnergyLensError(f"pipeline_parallel_size: {stages} stages for the {layers} layers of {cascade.name}")
+
+
+def _splits(cascade: Cascade, mesh: Mesh, asked: bool) -> bool:
+    """Whether the network can be split so. Raises what says why not where the tensor parallel degree was asked for."""
     try:
         cascade.kernels(Widths(), mesh)
     except EinsumError as error:
-        if asked is not None:
-            degree = mesh.tp if asked == "tensor_parallel_size" else mesh.pp
-            raise EnergyLensError(f"{asked}: {degree} does not split {cascade.name}: {error}") from error
+        if asked:
+            raise EnergyLensError(f"tensor_parallel_size: {mesh.tp} does not split {cascade.name}: {error}") from error
         return False
     return True
 

@@ -195,6 +195,7 @@ def test_progress_is_told() -> None:
         ({"max_gpus": 0}, "max_gpus: 0"),
         ({"tensor_parallel_size": (0,)}, "tensor_parallel_size: 0"),
         ({"tensor_parallel_size": (3,)}, "rank h (64) is not divisible by tp = 3"),
+        ({"pipeline_parallel_size": (81,), "max_gpus": 81}, "81 stages for the 80 layers"),
         ({"pipeline_parallel_size": (6,), "max_gpus": 1}, "no degrees of parallelism that were asked for"),
         ({"gpus": ("H101-SXM",)}, "did you mean 'H100-SXM'"),
         ({"gpus": ()}, "gpus: none given"),
