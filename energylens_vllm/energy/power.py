@@ -69,10 +69,19 @@ def _at(power: Power, clock: Array, time_s: Array, clocked_s: Array) -> tuple[Ar
 
 
 def _limited_clock(power: Power, time_s: Array, clocked_s: Array, fixed_j: Array, core_j: Array) -> Array:
+    """Bisection, and a straight line through the last interval: to 0.02 % of the clock."""
+
+    def excess_j(clock: Array) -> Array:
+        seconds, squared, static_w = _at(power, clock, time_s, clocked_s)
+        return fixed_j + core_j * squared - (power.limit_w - static_w) * seconds
+
     low, high = np.full_like(time_s, LOWEST_CLOCK), np.ones_like(time_s)
-    for _ in range(12):  # to 0.02 % of the clock
+    below, above = excess_j(low), excess_j(high)
+    for _ in range(5):
         middle = (low + high) / 2
-        seconds, squared, static_w = _at(power, middle, time_s, clocked_s)
-        over = fixed_j + core_j * squared > (power.limit_w - static_w) * seconds
-        low, high = np.where(over, low, middle), np.where(over, middle, high)
-    return low
+        excess = excess_j(middle)
+        over = excess > 0
+        low, below = np.where(over, low, middle), np.where(over, below, excess)
+        high, above = np.where(over, middle, high), np.where(over, excess, above)
+    share = np.divide(-below, above - below, out=np.zeros_like(low), where=above > below)
+    return np.asarray(low + np.clip(share, 0.0, 1.0) * (high - low))
