@@ -93,6 +93,7 @@ def report(found: Exploration, best: Sequence[Choice]) -> str:
         "The line joins what no other beats in energy and latency, numbers are the best deployments above.",
         "order_note": escape(_order_note(swings, best)),
         "version": escape(__version__),
+        "licence": here.joinpath("vendor").joinpath("LICENSE").read_text(encoding="utf-8"),
         "libraries": libraries,
         "charts": json.dumps({"specs": charts}, allow_nan=False).replace("<", "\\u003c"),
     }

@@ -115,6 +115,7 @@ def test_it_needs_no_network(page: str) -> None:
         "https://vega.github.io/schema/vega-lite/v6.json"  # a name
     }
     assert len(page) < 2_000_000
+    assert "University of Washington Interactive Data Lab" in page, "the libraries' licence asks for it"
 
 
 def test_the_data_are_those_of_the_exploration(page: str, found: Exploration) -> None:
