@@ -3,7 +3,8 @@
 See docs/explore.md.
 """
 
-from energylens_vllm.explore.search import Deployments, Exploration, explore
+from energylens_vllm.explore.deployments import Deployments
+from energylens_vllm.explore.search import Exploration, explore
 from energylens_vllm.explore.space import Load, Space
 
 __all__ = ["Deployments", "Exploration", "Load", "Space", "explore"]

@@ -23,6 +23,8 @@ MAX_NUM_SEQS = (
 MAX_NUM_BATCHED_TOKENS = (2048, 4096, 8192, 16384)
 #: Rows and columns of weights that share a scale in checkpoints with block scales.
 SCALE_BLOCK = 128
+#: Share of requests that may wait in line where no bound on the time to first token is given.
+MOST_WAITING = 0.05
 #: CUDA graphs are captured up to this size whatever the batch limit; the commands say so.
 MAX_CAPTURE_SIZE = 512
 CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_CAPTURE_SIZE + 1, 16))

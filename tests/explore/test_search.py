@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,17 @@ def test_a_rate_needs_replicas_and_costs_idle_time() -> None:
     kept_up = np.isfinite(fast.deployments.token_j)
     assert not kept_up.all(), "some cannot keep up"
     assert not fast.feasible[~kept_up].any()
+
+
+def test_what_else_is_tried_changes_nothing() -> None:
+    space = Space(gpus=("H100-SXM",), max_gpus=2, quantization=(None,), kv_cache_dtype=("auto",))
+    load = Load(1000, 300, rate_per_s=3.0)
+    every, one = explore("llama-3.1-8b", load, space), explore("llama-3.1-8b", load, replace(space, max_num_seqs=(64,)))
+    alike = np.flatnonzero(every.deployments.max_num_seqs == 64)
+    assert len(alike) == len(one.deployments)
+    assert one.deployments.token_j == pytest.approx(every.deployments.token_j[alike], rel=1e-3)
+    assert one.deployments.ttft_s == pytest.approx(every.deployments.ttft_s[alike], rel=1e-3)
+    assert one.deployments.low_j == pytest.approx(every.deployments.low_j[alike], rel=1e-3)
 
 
 def test_hardly_any_requests_draw_idle_power() -> None:

@@ -1,0 +1,74 @@
+"""Why nothing was found, in one line that says how far off the nearest is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from energylens_vllm.energy import Deployment, EnergyModel
+from energylens_vllm.energy.precision import widths
+from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.explore.deployments import Deployments
+from energylens_vllm.explore.engine import Engine, limits
+from energylens_vllm.explore.memory import cuda_bytes
+from energylens_vllm.explore.space import MOST_WAITING, Load, Space
+from energylens_vllm.hardware.profile import load_profile
+
+
+def nothing_fits(base: EnergyModel, found: Sequence[Deployment], load: Load, space: Space) -> EnergyLensError:
+    name, where = base.cascade.name, f"{space.max_gpus} x {' or '.join(space.gpus)}"
+    sizes = sorted({deployment.num_gpus for deployment in found})
+    if not sizes:
+        return EnergyLensError(f"no degrees of parallelism that were asked for run {name} on up to {where}")
+    smallest = min(
+        max(base.cascade.weight_bytes(widths(each.dtype, each.quantization, each.kv_cache_dtype), each.mesh))
+        for each in found
+    )
+    room = space.gpu_memory_utilization * max(cuda_bytes(load_profile(gpu)) for gpu in space.gpus)
+    weights = f"a GPU would hold {smallest / 1e9:.1f} GB of weights at least, and vLLM may use {room / 1e9:.1f} GB"
+    if smallest > room:
+        return EnergyLensError(f"{name} does not fit {where}: {weights}")
+    if space.exactly and not any(space.max_gpus % count == 0 and _has_room(base, found, count, load, space)
+                                 for count in sizes):  # fmt: skip
+        fitting = [count for count in sizes if _has_room(base, found, count, load, space)]
+        if fitting:
+            return EnergyLensError(
+                f"gpus: no deployment of {name} uses exactly {space.max_gpus} GPUs; an engine takes "
+                f"{', '.join(map(str, fitting))} of them"
+            )
+    return EnergyLensError(
+        f"{name} does not fit {where}: {weights}; what is left holds no request of {load.longest} tokens "
+        "(max_model_len) beside the activations of a step"
+    )
+
+
+def _has_room(base: EnergyModel, found: Sequence[Deployment], gpus: int, load: Load, space: Space) -> bool:
+    """Whether an engine of so many GPUs can be started with any batch limit."""
+    same = [deployment for deployment in found if deployment.num_gpus == gpus]
+    return any(len(limits(Engine.of(base.cascade, each, space), load, space)[0]) for each in same)
+
+
+def nothing_keeps_up(
+    name: str, table: Deployments, kept: Sequence[Engine], load: Load, space: Space
+) -> EnergyLensError:
+    if not np.isfinite(table.token_j).any():
+        return EnergyLensError(
+            f"rate: no deployment of {name} on up to {space.max_gpus} GPUs keeps up with {load.rate_per_s:g} requests "
+            "a second; accepted: a lower rate, or more GPUs"
+        )
+    for field, bound, values in (("tpot", load.tpot_s, table.tpot_s), ("ttft", load.ttft_s, table.ttft_s)):
+        if bound is not None and np.nanmin(values) > bound:
+            least = int(np.nanargmin(values))
+            return EnergyLensError(
+                f"{field}: no deployment of {name} keeps it within {bound * 1e3:.4g} ms; the nearest, "
+                f"{kept[table.engine[least]].title}, has {values[least] * 1e3:.4g} ms"
+            )
+    if load.ttft_s is None and load.rate_per_s is not None:
+        return EnergyLensError(
+            f"rate: at {load.rate_per_s:g} requests a second more than {MOST_WAITING:.0%} of them wait in line in each "
+            f"deployment of {name} on up to {space.max_gpus} GPUs; accepted: a lower rate, more GPUs, or a ttft"
+        )
+    return EnergyLensError(
+        f"ttft and tpot: deployments of {name} keep one or the other, none keeps both; accepted: a longer one of them"
+    )
