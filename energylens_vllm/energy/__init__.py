@@ -3,6 +3,16 @@
 from energylens_vllm.energy.deployment import Deployment
 from energylens_vllm.energy.model import EnergyModel, Predictions, StepPrediction
 from energylens_vllm.energy.overlap import DualBatch, Overlap
+from energylens_vllm.energy.queueing import OpenServing
 from energylens_vllm.energy.serving import ServingPrediction
 
-__all__ = ["Deployment", "DualBatch", "EnergyModel", "Overlap", "Predictions", "ServingPrediction", "StepPrediction"]
+__all__ = [
+    "Deployment",
+    "DualBatch",
+    "EnergyModel",
+    "OpenServing",
+    "Overlap",
+    "Predictions",
+    "ServingPrediction",
+    "StepPrediction",
+]

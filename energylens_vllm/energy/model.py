@@ -23,6 +23,7 @@ from energylens_vllm.energy.interval import Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
 from energylens_vllm.energy.overlap import OVERLAP_STD, DualBatch, DualBatchStep, Overlap, StagedStep
 from energylens_vllm.energy.precision import format_of, kernel_format, widths
+from energylens_vllm.energy.queueing import OpenServing, serve_openly
 from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
 from energylens_vllm.energy.serving import ServingPrediction, serve
 from energylens_vllm.energy.step import COMPONENTS, Evaluated, Exchanged, GpuStep
@@ -170,6 +171,21 @@ class EnergyModel:
         "prefix_hits_assumed". Raises EnergyLensError for what is not positive, or no rate.
         """
         return serve(self, concurrency, prompt_tokens, output_tokens, mean_context_tokens, prefix_cache_hit_rate)
+
+    def open_serving(
+        self,
+        rate_per_s: float,
+        prompt_tokens: npt.ArrayLike,
+        output_tokens: npt.ArrayLike,
+        prefix_cache_hit_rate: float | None = None,
+    ) -> OpenServing:
+        """Requests that arrive at random, `rate_per_s` a second over the whole deployment: utilisation, power with idle
+        time, and percentiles of latencies from the arrival on (see energy/queueing.py).
+
+        Lengths and `prefix_cache_hit_rate` as for `serving`. Raises EnergyLensError for a rate that is not positive or
+        that a full batch does not complete.
+        """
+        return serve_openly(self, rate_per_s, prompt_tokens, output_tokens, prefix_cache_hit_rate)
 
     @property
     def idle_power_w(self) -> float:

@@ -1,0 +1,144 @@
+"""Open arrivals: the closed form against a simulation of every step with the same step model, and the simulation
+against steps taken by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from energylens_vllm.energy import Deployment, EnergyModel, arrivals
+from energylens_vllm.energy.arrivals import Trace, poisson_trace, read_trace, simulate
+from energylens_vllm.energy.batch import Array
+from energylens_vllm.errors import EnergyLensError
+
+
+def lengths() -> tuple[Array, Array]:
+    """Long-tailed, as chats are."""
+    random = np.random.default_rng(1)
+    prompts = np.clip(random.lognormal(np.log(500), 0.8, 2000), 8, 6000).round()
+    return prompts, np.clip(random.lognormal(np.log(120), 0.7, 2000), 2, 1000).round()
+
+
+@pytest.fixture(scope="module")
+def model() -> EnergyModel:
+    return EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "limit", "requests", "ttft"), [(1.0, 1024, 250, 0.15), (8.0, 1024, 700, 0.3), (6.0, 8, 500, 0.5)]
+)
+def test_open_serving_agrees_with_a_simulation_of_each_step(
+    rate: float, limit: int, requests: int, ttft: float
+) -> None:
+    """`ttft`: what the 99th percentile may be off; a queue that often waits in line (limit 8) is the hardest."""
+    model = EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM", max_num_seqs=limit))
+    trace = poisson_trace(rate, *lengths(), requests=requests)
+    simulated = simulate(model, trace)
+    found = model.open_serving(simulated.rate_per_s, trace.prompt_tokens, trace.output_tokens, 0.0)
+    assert found.power_w == pytest.approx(simulated.power_w, rel=0.05)
+    assert found.energy_per_output_token_j == pytest.approx(simulated.energy_per_output_token_j, rel=0.05)
+    assert found.utilisation == pytest.approx(simulated.utilisation, abs=0.04)
+    assert found.mean_tpot_s == pytest.approx(simulated.mean_tpot_s, rel=0.08)
+    assert found.tpot_s[50] == pytest.approx(simulated.tpot_s[50], rel=0.1)
+    assert found.tpot_s[99] == pytest.approx(simulated.tpot_s[99], rel=0.2)
+    assert found.ttft_s[50] == pytest.approx(simulated.ttft_s[50], rel=0.2)
+    assert found.ttft_s[99] == pytest.approx(simulated.ttft_s[99], rel=ttft)
+
+
+def test_a_quiet_server_idles_and_each_request_costs_what_it_costs_alone(model: EnergyModel) -> None:
+    quiet = model.open_serving(0.001, 500, 100, 0.0)
+    alone = simulate(model, Trace(*(np.array([float(value)]) for value in (0, 500, 100, 0))))
+    assert quiet.utilisation == pytest.approx(0.001 * alone.energy_per_request_j / alone.power_w, rel=0.05)
+    above_idle = alone.energy_per_request_j * (1 - model.idle_power_w / alone.power_w)
+    assert quiet.power_w == pytest.approx(model.idle_power_w + 0.001 * above_idle, rel=0.002)
+
+
+def test_near_its_limit_a_server_costs_what_a_full_closed_queue_does() -> None:
+    model = EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM", max_num_seqs=64))
+    full = model.serving(64, 500, 200, prefix_cache_hit_rate=0.0)
+    rate = 0.995 * full.output_tokens_per_s / 200
+    near = model.open_serving(rate, 500, 200, 0.0)
+    assert near.energy_per_output_token_j == pytest.approx(full.energy_per_output_token_j, rel=0.03)
+    assert near.waiting_share > 0.5
+    with pytest.raises(EnergyLensError, match=r"rate_per_s: .*accepted: less than"):
+        model.open_serving(1.01 * full.output_tokens_per_s / 200, 500, 200, 0.0)
+
+
+def test_data_parallel_ranks_share_the_rate() -> None:
+    one = EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM")).open_serving(3.0, 500, 100, 0.0)
+    two = EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM", data_parallel_size=2)).open_serving(6.0, 500, 100, 0.0)
+    assert two.power_w == pytest.approx(2 * one.power_w)
+    assert two.ttft_s == pytest.approx(one.ttft_s)
+    assert two.idle_power_w == 2 * one.idle_power_w
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, float("nan"), float("inf"), "3"])
+def test_a_rate_that_is_none_is_refused(model: EnergyModel, rate: float) -> None:
+    with pytest.raises(EnergyLensError, match=r"rate_per_s: .* is not a positive number of requests a second"):
+        model.open_serving(rate, 500, 100)
+
+
+def test_a_request_alone_takes_its_steps_one_after_the_other(model: EnergyModel) -> None:
+    run = simulate(model, Trace(*(np.array([float(value)]) for value in (5, 700, 4, 100))))
+    steps = [model.step([(600, 100)], [False]), *(model.step([(1, 700 + i)]) for i in range(3))]
+    assert run.ttft_s[50] == pytest.approx(steps[0].time_s)
+    assert run.tpot_s[50] == pytest.approx(np.mean([step.time_s for step in steps[1:]]))
+    idle_j = 5 * model.idle_power_w
+    assert run.energy_per_request_j == pytest.approx(sum(step.energy_j for step in steps) + idle_j)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_steps_planned_together_are_those_planned_one_by_one(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment = Deployment(
+        gpu="H200-SXM", max_num_seqs=4, max_num_batched_tokens=256, async_scheduling=ahead, enforce_eager=True
+    )
+    model = EnergyModel("llama-3.1-8b", deployment)
+    trace = poisson_trace(12.0, np.array([30.0, 900.0]), np.array([1.0, 9.0, 20.0]), requests=40, hit_rate=0.1)
+    together = simulate(model, trace)
+    monkeypatch.setattr(arrivals, "PLANNED", 1)
+    alone = simulate(model, trace)
+    assert together.energy_per_request_j == pytest.approx(alone.energy_per_request_j, rel=1e-9)
+    assert together.ttft_s == pytest.approx(alone.ttft_s, rel=1e-9)
+    assert together.tpot_s == pytest.approx(alone.tpot_s, rel=1e-9)
+    assert together.waiting_share == alone.waiting_share > 0
+
+
+def test_traces_from_files(tmp_path: Path) -> None:
+    azure, mooncake = tmp_path / "trace.csv", tmp_path / "trace.jsonl"
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:17:04.0319600,3180,8\n2023-11-16 18:17:03.9799600,4808,10\n"
+    )
+    mooncake.write_text('{"timestamp": 0, "input_length": 3180, "output_length": 8, "hash_ids": [1]}\n')
+    trace = read_trace(azure, hit_rate=0.5)
+    assert trace.arrival_s == pytest.approx([0, 0.052], abs=1e-5)
+    assert trace.prompt_tokens.tolist() == [4808, 3180]
+    assert trace.cached_tokens.tolist() == [2404, 1590]
+    assert read_trace(mooncake).output_tokens.tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,48x8,10\n", "a.csv line 2"),
+        ("a.csv", "TIMESTAMP,ContextTokens\n2023-11-16 18:17:03,48\n", "a.csv line 2: KeyError"),
+        ("a.jsonl", '{"timestamp": 0, "input_length": 5}\n', "a.jsonl line 1"),
+        ("a.jsonl", '{"timestamp": 0, "input_length": 5, "output_length": 1}\n{"time\n', "a.jsonl line 2"),
+        ("a.csv", "", "has no requests"),
+    ],
+)
+def test_a_broken_trace_is_named(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(EnergyLensError, match=problem):
+        read_trace(tmp_path / name)
+
+
+def test_a_trace_of_impossible_requests_is_refused() -> None:
+    good = [np.array([0.0, 1.0]), np.array([5.0, 5.0]), np.array([1.0, 1.0]), np.zeros(2)]
+    for place, values in ((0, [1.0, 0.0]), (1, [5.0, 0.0]), (2, [0.0, 1.0]), (3, [5.0, 0.0]), (1, [np.nan, 5.0])):
+        with pytest.raises(EnergyLensError, match="trace: "):
+            Trace(*(np.array(values) if i == place else array for i, array in enumerate(good)))
+    with pytest.raises(EnergyLensError, match="pipeline_parallel_size"):
+        simulate(EnergyModel("llama-3.1-8b", Deployment(pipeline_parallel_size=2)), Trace(*good))
