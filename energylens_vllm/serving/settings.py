@@ -21,12 +21,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from energylens_vllm.errors import EnergyLensError, unknown
-from energylens_vllm.serving.shares import RULES
 
 PREFIX = "ENERGYLENS_"
 FLAG_VARIABLE = f"{PREFIX}SETTINGS"  #: carries what --energylens was given, as JSON
 REQUIRED_VARIABLE = f"{PREFIX}REQUIRED"  #: "1" after `--plugin energylens`: what stops the plugin stops vLLM
 OFFLINE_VARIABLE = f"{PREFIX}OFFLINE"  #: "1" in the engine process of an offline LLM
+#: How weights may be shared among requests. Here, because `shares` loads numpy and every process of vLLM loads this.
+RULES = ("shapley", "per_token")
 _RESERVED = {FLAG_VARIABLE, REQUIRED_VARIABLE, OFFLINE_VARIABLE}
 
 

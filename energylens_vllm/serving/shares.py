@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from energylens_vllm.serving.predictor import Rows
+from energylens_vllm.serving.settings import RULES
 
 if TYPE_CHECKING:
     from energylens_vllm.einsum.kernel import Kernel, Mask
@@ -220,5 +221,4 @@ def _per_token(prices: Prices, step: _Steps) -> Array:
     return step.new
 
 
-_RULES = {"shapley": _shapley, "per_token": _per_token}
-RULES = tuple(_RULES)
+_RULES = dict(zip(RULES, (_shapley, _per_token), strict=True))

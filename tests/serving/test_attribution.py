@@ -21,7 +21,8 @@ from energylens_vllm.serving.increments import GRID, Increments, Report
 from energylens_vllm.serving.observer import Step
 from energylens_vllm.serving.predictor import ModelPredictor, Predictions, Rows
 from energylens_vllm.serving.request_log import RequestLog
-from energylens_vllm.serving.shares import RULES, Prices, Spared, shares
+from energylens_vllm.serving.settings import RULES
+from energylens_vllm.serving.shares import Prices, Spared, shares
 
 
 def model_of(name: str) -> EnergyModel:
