@@ -153,11 +153,11 @@ def test_every_flag_widens_the_interval() -> None:
 
     plain, none = width()
     assert none == frozenset()
-    for given, flag in (
+    for changes, flag in (
         ({"gpu": "L40S"}, "uncalibrated_gpu"),
         ({"quantization": "awq"}, "uncalibrated_format"),
     ):
-        wide, flags = width(**given)
+        wide, flags = width(**changes)
         assert flag in flags
         assert wide > plain
 
@@ -179,8 +179,8 @@ def test_every_profile_predicts_and_says_where_each_number_is_from(gpu: str) -> 
 def test_a_network_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(dump_cascade(DENSE.cascade))
-    for given in (path, str(path), DENSE.cascade):
-        assert EnergyModel(given).step([(1, 100)]).energy_j == DENSE.step([(1, 100)]).energy_j
+    for network in (path, str(path), DENSE.cascade):
+        assert EnergyModel(network).step([(1, 100)]).energy_j == DENSE.step([(1, 100)]).energy_j
 
 
 @pytest.mark.parametrize(
