@@ -1,0 +1,67 @@
+"""docs/dashboards.md: how to run the dashboards, and which panel shows which metric."""
+
+from __future__ import annotations
+
+from energylens_vllm.dashboards.boards import DASHBOARDS
+from energylens_vllm.dashboards.manifests import GRAFANA_PORT, PROMETHEUS_PORT
+from energylens_vllm.dashboards.promql import VLLM
+from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS
+from energylens_vllm.serving.metrics import METRICS
+
+_INTRODUCTION = f"""# Dashboards, rules and alerts
+<!-- Written by `python -m energylens_vllm.dashboards.generate`; edit the code it is made from. -->
+
+Everything in `dashboards/` is made by `python -m energylens_vllm.dashboards.generate` from the table of metrics that
+the plugin exports ([metrics.md](metrics.md)): a query for a metric or a label that is not in it is an error there.
+
+## Running it
+
+| how | what it starts |
+| --- | --- |
+| `energylens monitor` | Debian's Prometheus with the rules, on loopback, beside a vLLM that runs on this machine |
+| `docker-compose -f dashboards/compose/docker-compose.yml up` | Prometheus (:{PROMETHEUS_PORT}) and Grafana \
+(:{GRAFANA_PORT}) on 127.0.0.1 in the host's network, with data source and dashboards |
+| `kubectl apply -f dashboards/kubernetes` | a vLLM with the plugin, a PodMonitor, a PrometheusRule (both for the \
+Prometheus operator) and ConfigMaps for Grafana's sidecar |
+
+To use a Grafana of your own, import the files in `dashboards/grafana/` (Grafana 11 to 13) and choose the data source.
+The init container in `kubernetes/vllm.yml` installs the plugin from the cluster's package index: put the wheel there,
+or replace the argument by a URL. Alerts are explained in [runbook.md](runbook.md).
+
+## Reading them
+
+- **Measured** figures come from the GPUs' energy counters and contain idle time. **Predicted** figures are of steps
+  only. Over the windows on the accuracy dashboard both cover the same time.
+- GPUs cannot tell prefill from decode. Figures by phase and by component are predicted; the measured energy per token
+  of a phase is apportioned by the predicted shares.
+- Emissions and cost take the carbon intensity, the price and the PUE from the boxes at the top. They are of GPUs only.
+- A panel without data says "No traffic". A ratio is left out, not 0, where there is nothing to divide by.
+- A counter moves when the engine reports: each 2 s while it is busy (setting `report_interval_s`).
+"""
+
+
+def dashboards_page() -> str:
+    """The page."""
+    parts = [_INTRODUCTION]
+    parts += ["## Panels", "", "| dashboard | panel | shows |", "| --- | --- | --- |"]
+    parts += [f"| {board.title} | {panel.title} | {panel.text} |" for board in DASHBOARDS for panel in board.panels]
+    parts += ["", "## Metrics", "", "| metric | type | unit | panels |", "| --- | --- | --- | --- |"]
+    for metric in METRICS:
+        parts.append(f"| `{metric.name}` | {metric.type} | {metric.unit or '-'} | {_panels_of(metric.name)} |")
+    for name, (kind, _) in VLLM.items():
+        parts.append(f"| `{name}` (vLLM's own) | {kind} | - | {_panels_of(name)} |")
+    parts += ["", "## Recording rules", "", "| rule | expression |", "| --- | --- |"]
+    parts += [f"| `{rule.name}` | `{rule.expr}` |" for rule in RECORDINGS]
+    parts += ["", "## Alerts", "", "| alert | fires when | for | severity |", "| --- | --- | --- | --- |"]
+    parts += [f"| [{a.name}](runbook.md#{a.name.lower()}) | `{a.expr}` | {a.after} | {a.severity} |" for a in ALERTS]
+    return "\n".join(parts) + "\n"
+
+
+def _panels_of(metric: str) -> str:
+    shown = [
+        f"{panel.title} ({board.uid.removeprefix('energylens-')})"
+        for board in DASHBOARDS
+        for panel in board.panels
+        if metric in panel.metrics
+    ]
+    return "; ".join(shown)
