@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from server import ENVIRONMENT
 
 from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.serving.increments import GRID
+from energylens_vllm.serving.settings import Settings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
@@ -62,8 +64,8 @@ ACCEPTED: dict[str, tuple[list[str], dict[str, str], tuple[str | None, float]]] 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "plugin": (["--plugin", "energylen"], "unknown value 'energylen' (did you mean 'energylens'?)"),
     "no plugin": (["--plugin"], "argument --plugin: expected one argument"),
-    "setting": (["--energylens", '{"gpuu": "L40S"}'], "unknown value 'gpuu' (did you mean 'gpu'?); accepted: enabled,"),
-    "dotted setting": (["--energylens.gpuu", "L40S"], "unknown value 'gpuu' (did you mean 'gpu'?); accepted: enabled,"),
+    "setting": (["--energylens", '{"gpuu": "L40S"}'], "unknown value 'gpuu' (did you mean 'gpu'?); accepted:"),
+    "dotted setting": (["--energylens.gpuu", "L40S"], "unknown value 'gpuu' (did you mean 'gpu'?); accepted:"),
     "dash": (["--energylens.report-interval-s", "3"], "(did you mean 'report_interval_s'?)"),
     "not JSON": (["--energylens", "{gpu"], "'{gpu' is not JSON"),
     "type": (["--energylens.enabled", "3"], "enabled: 3 is not of type bool"),
@@ -113,7 +115,7 @@ def parsed(tiny_model: Path) -> dict[str, dict[str, Any]]:
 def test_settings_of_a_command_line(name: str, parsed: dict[str, dict[str, Any]]) -> None:
     arguments, _, (gpu, interval_s) = ACCEPTED[name]
     found = parsed[name]
-    assert found["settings"] == {"enabled": True, "gpu": gpu, "report_interval_s": interval_s}
+    assert found["settings"] == asdict(Settings(gpu=gpu, report_interval_s=interval_s))
     assert found["required"] == any("--plugin" in argument for argument in arguments)
     assert found["seed"] == (7 if "--seed" in arguments else 0)
 
