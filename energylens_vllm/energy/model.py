@@ -52,6 +52,7 @@ class Predictions:
     clock: Array  #: SM clock relative to the top clock
     communication_s: Array  #: part of `time_s` in collectives
     waiting_s: Array  #: part of `time_s` in which the mean GPU waits for the one with the hottest experts
+    waste_j: Array  #: part of `energy_j`: static power in as much of that time as makes the step longer
     flags: frozenset[str]
 
 
@@ -67,6 +68,8 @@ class StepPrediction:
     interval_s: tuple[float, float]
     interval_j: tuple[float, float]
     flags: frozenset[str]
+    #: part of the static energy that imbalance costs: burnt while waiting for the GPU with the hottest experts
+    waste_j: float = 0.0
 
     @property
     def power_w(self) -> float:
@@ -153,6 +156,7 @@ class EnergyModel:
             interval_s=(one(rank.low_s, 1), one(rank.high_s, 1)),
             interval_j=(one(rank.low_j), one(rank.high_j)),
             flags=rank.flags,
+            waste_j=one(rank.waste_j),
         )
 
     def serving(
@@ -197,7 +201,11 @@ class EnergyModel:
     def _together(self, steps: Steps, stages: Sequence[Evaluated]) -> Predictions:
         tensor_ranks = self.deployment.tensor_parallel_size
         gpu_s = np.max([stage.gpu_s for stage in stages], axis=0)
-        time_s = np.maximum(gpu_s, np.max([stage.host_s for stage in stages], axis=0)) + stages[0].serial_s
+        host_s = np.max([stage.host_s for stage in stages], axis=0)
+        time_s = np.maximum(gpu_s, host_s) + stages[0].serial_s
+        waiting_s = np.max([stage.waiting_s for stage in stages], axis=0)
+        # Where the host is what bounds the step, waiting makes it no longer.
+        longer_s = np.maximum(gpu_s, host_s) - np.maximum(gpu_s - waiting_s, host_s)
         components = {name: np.zeros_like(time_s) for name in COMPONENTS}
         prefill_j = np.zeros_like(time_s)
         for stage in stages:
@@ -227,7 +235,8 @@ class EnergyModel:
             high_j=energy_j * (1 + relative_j),
             clock=np.min([stage.clock for stage in stages], axis=0),
             communication_s=communication_s,
-            waiting_s=np.max([stage.waiting_s for stage in stages], axis=0),
+            waiting_s=waiting_s,
+            waste_j=tensor_ranks * np.sum([stage.static_w for stage in stages], axis=0) * longer_s,
             flags=self.flags,
         )
 

@@ -1,0 +1,58 @@
+"""Energy that ranks burn waiting for the one with the hottest experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from energylens_vllm.energy import Deployment, EnergyModel, StepPrediction
+
+
+def step(
+    routing: str, gpus: int = 8, model: str = "qwen3-30b-a3b", parallel: bool = True, batch: int = 512
+) -> StepPrediction:
+    deployment = Deployment(
+        gpu="H200-SXM", tensor_parallel_size=gpus, enable_expert_parallel=parallel, expert_routing=routing
+    )
+    return EnergyModel(model, deployment).step([(1, 500)] * batch)
+
+
+def test_waste_grows_with_skew() -> None:
+    even, some, much = (step(routing) for routing in ("uniform", "zipf:0.5", "zipf:1.0"))
+    assert 0 <= even.waste_j < some.waste_j < much.waste_j
+    assert even.waste_j < 0.02 * even.energy_j  # chance alone
+    assert much.waste_j < much.components["static"]
+    assert much.time_s > even.time_s
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "parallel"),
+    [(1, "qwen3-30b-a3b", False), (4, "qwen3-30b-a3b", False), (8, "llama-3.1-70b", False)],
+)
+def test_nobody_waits_where_all_gpus_have_all_experts_or_none(gpus: int, model: str, parallel: bool) -> None:
+    assert step("zipf:1.0", gpus, model, parallel).waste_j == 0
+
+
+def test_waiting_that_the_host_hides_is_no_waste() -> None:
+    """A long prompt runs without CUDA graphs: the host is behind, balanced or not."""
+    deployment = Deployment(gpu="H200-SXM", tensor_parallel_size=8, enable_expert_parallel=True)
+    even, uneven = (
+        EnergyModel("qwen3-30b-a3b", replace(deployment, expert_routing=routing)).step([(1024, 0)])
+        for routing in ("uniform", "zipf:1.0")
+    )
+    assert even.time_s == uneven.time_s
+    assert uneven.waste_j == 0
+
+
+def test_data_parallel_ranks_all_wait() -> None:
+    def waste(ranks: int) -> float:
+        deployment = Deployment(
+            gpu="H200-SXM", data_parallel_size=ranks, enable_expert_parallel=ranks > 1, expert_routing="zipf:1.0"
+        )
+        prediction = EnergyModel("qwen3-30b-a3b", deployment)
+        found = prediction.step([(1, 500)] * 256 * ranks)
+        return found.waste_j / prediction.idle_power_w
+
+    assert waste(1) == 0
+    assert waste(4) > 0
