@@ -5,6 +5,7 @@ from energylens_vllm.energy.model import EnergyModel, Predictions, StepPredictio
 from energylens_vllm.energy.overlap import DualBatch, Overlap
 from energylens_vllm.energy.queueing import OpenServing
 from energylens_vllm.energy.serving import ServingPrediction
+from energylens_vllm.energy.speculative import Speculation
 
 __all__ = [
     "Deployment",
@@ -14,5 +15,6 @@ __all__ = [
     "Overlap",
     "Predictions",
     "ServingPrediction",
+    "Speculation",
     "StepPrediction",
 ]

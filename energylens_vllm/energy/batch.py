@@ -161,18 +161,21 @@ def steps_of_mixtures(
     uncached: float,
     cached: float,
     masks: Sequence[Mask],
+    decoded: float = 1.0,
 ) -> Steps:
-    """Steps that each hold `decoding` requests of `context` tokens and prefill `new` tokens of `starting` prompts,
-    each of `uncached` tokens after `cached` ones. Arrays of shape (N,), fractions allowed."""
+    """Steps that each hold `decoding` requests of `context` tokens, `decoded` of them new (more than one with drafts to
+    verify), and prefill `new` tokens of `starting` prompts, each of `uncached` tokens after `cached` ones. Arrays of
+    shape (N,), fractions allowed."""
     attention = []
     prompts = new / uncached
     for mask in masks:
         attention.append(
             Attention(
-                decoding * causal_pairs(1.0, context - 1, mask),
+                decoding * causal_pairs(decoded, context - 1, mask),
                 prompts * causal_pairs(uncached, cached, mask),
-                decoding * keys_read(1.0, context - 1, mask),
+                decoding * keys_read(decoded, context - 1, mask),
                 prompts * keys_read(uncached, cached, mask),
             )
         )
-    return Steps(decoding + new, decoding, decoding + starting, decoding, tuple(attention))
+    decodes = decoding * decoded
+    return Steps(decodes + new, decodes, decoding + starting, decoding, tuple(attention))

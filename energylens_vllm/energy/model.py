@@ -26,6 +26,7 @@ from energylens_vllm.energy.precision import format_of, kernel_format, widths
 from energylens_vllm.energy.queueing import OpenServing, serve_openly
 from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
 from energylens_vllm.energy.serving import ServingPrediction, serve
+from energylens_vllm.energy.speculative import Speculation
 from energylens_vllm.energy.step import COMPONENTS, Evaluated, Exchanged, GpuStep
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
@@ -166,15 +167,19 @@ class EnergyModel:
         output_tokens: npt.ArrayLike,
         mean_context_tokens: float | None = None,
         prefix_cache_hit_rate: float | None = None,
+        speculation: Speculation | None = None,
     ) -> ServingPrediction:
         """A closed queue in steady state: `concurrency` requests in all, each replaced when it ends.
 
         `prompt_tokens` and `output_tokens` are numbers, or samples. `mean_context_tokens` overrides the mean context of
         a decoding request (else prompt + E[L^2] / 2 E[L]). `prefix_cache_hit_rate` is the share of prompt tokens that
         vLLM's prefix cache (on by default) spares; None takes that of chat traffic and sets the flag
-        "prefix_hits_assumed". Raises EnergyLensError for what is not positive, or no rate.
+        "prefix_hits_assumed". `speculation`: drafts that each decode verifies.
+        Raises EnergyLensError for what is not positive, or no rate.
         """
-        return serve(self, concurrency, prompt_tokens, output_tokens, mean_context_tokens, prefix_cache_hit_rate)
+        return serve(
+            self, concurrency, prompt_tokens, output_tokens, mean_context_tokens, prefix_cache_hit_rate, speculation
+        )
 
     def open_serving(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from energylens_vllm.energy.batch import Array, steps_of_mixtures
+from energylens_vllm.energy.speculative import Speculation, drafting
 from energylens_vllm.errors import EnergyLensError
 
 if TYPE_CHECKING:
@@ -70,16 +71,18 @@ class Mixture:
         return float((self.weights * values).sum())
 
 
-def mixture(model: EnergyModel, batch: float, lengths: Lengths) -> Mixture:
-    """Of `batch` requests in a data-parallel rank's step.
+def mixture(model: EnergyModel, batch: float, lengths: Lengths, drafts: Speculation | None = None) -> Mixture:
+    """Of `batch` requests in a data-parallel rank's step; with `drafts`, each decode verifies those of a request.
 
     Each takes c steps for its prompt (chunks of what the token budget leaves) and then one for each further token, so
     r = n / (c + L - 1) requests start in a step. Their number in a step is Poisson.
     """
     budget = model.deployment.max_num_batched_tokens
-    uncached, room = lengths.uncached, max(budget - batch, 1.0)
+    decoded, kept = (drafts.num_speculative_tokens + 1, drafts.tokens_per_step) if drafts else (1, 1.0)
+    uncached, room = lengths.uncached, max(budget - batch * decoded, 1.0)
     chunks = math.ceil(uncached / room)
-    rate = min(batch / (chunks + lengths.output - 1), budget / (uncached + lengths.output - 1))
+    decodes = (lengths.output - 1) / kept  # steps that a request decodes in
+    rate = min(batch / (chunks + decodes), budget / (uncached + decodes * decoded))
     starting = np.arange(math.ceil(rate + 5 * math.sqrt(rate)) + 2, dtype=np.float64)
     weights = np.exp(starting * math.log(rate) - rate - np.array([math.lgamma(k + 1) for k in starting]))
     weights /= weights.sum()
@@ -88,7 +91,7 @@ def mixture(model: EnergyModel, batch: float, lengths: Lengths) -> Mixture:
         new = new * (rate * uncached / mean)
     decoding = np.maximum(batch - rate * chunks, 0.0) * np.ones_like(starting)
     steps = steps_of_mixtures(
-        decoding, lengths.context, starting, new, uncached, lengths.prompt - uncached, model.masks
+        decoding, lengths.context, starting, new, uncached, lengths.prompt - uncached, model.masks, decoded
     )  # fmt: skip
     return Mixture(weights, model.predict(steps), rate, chunks)
 
@@ -100,6 +103,7 @@ def serve(
     output_tokens: npt.ArrayLike,
     mean_context_tokens: float | None = None,
     prefix_cache_hit_rate: float | None = None,
+    drafts: Speculation | None = None,
 ) -> ServingPrediction:
     """See `EnergyModel.serving`: the mean over the steps of a `mixture`."""
     prompts, outputs = samples("prompt_tokens", prompt_tokens), samples("output_tokens", output_tokens)
@@ -110,11 +114,16 @@ def serve(
     deployment = model.deployment
     ranks, in_flight = deployment.data_parallel_size, deployment.pipeline_parallel_size
     batch = min(concurrency / (ranks * in_flight), deployment.max_num_seqs)
-    steps = mixture(model, batch, lengths)
+    steps = mixture(model, batch, lengths, drafts)
     predicted = steps.predicted
     step_s, step_j = steps.mean(predicted.time_s), steps.mean(predicted.energy_j)
+    kept, draft_j = 1.0, 0.0
+    if drafts is not None:
+        draft_s, draft_j = drafting(model, drafts, batch, lengths)
+        kept, step_s, step_j = drafts.tokens_per_step, step_s + draft_s, step_j + draft_j
+        flags |= drafts.flags
     tokens = steps.rate * lengths.output  # generated in a step
-    low, high = (steps.mean(bound) / tokens for bound in (predicted.low_j, predicted.high_j))
+    low, high = ((steps.mean(bound) + draft_j) / tokens for bound in (predicted.low_j, predicted.high_j))
     starts = steps.weights[1:] * predicted.time_s[1:]
     first_s = float(starts.sum() / steps.weights[1:].sum()) * steps.chunks * in_flight
     return ServingPrediction(
@@ -122,7 +131,7 @@ def serve(
         energy_per_request_j=step_j / steps.rate,
         power_w=ranks * step_j / step_s,
         output_tokens_per_s=ranks * tokens / step_s,
-        inter_token_latency_s=in_flight * step_s,
+        inter_token_latency_s=in_flight * step_s / kept,
         time_to_first_token_s=first_s,
         step_time_s=step_s,
         running=ranks * in_flight * batch,
