@@ -102,7 +102,8 @@ class EnergyModel:
             self.profile = self.profile.at_release(deployment.vllm_release)
         mesh = deployment.mesh
         element = widths(deployment.dtype, quantization, deployment.kv_cache_dtype)
-        kernels = self.cascade.kernels(element, mesh)
+        #: what each GPU launches in a step, of all pipeline stages
+        self.kernels = kernels = self.cascade.kernels(element, mesh)
         #: masks of the network's attention, in the order in which `Steps.attention` has to be
         self.masks: tuple[Mask, ...] = tuple(dict.fromkeys(k.attention.mask for k in kernels if k.attention))
         self._collectives = Collectives.load(self.profile.name, self.profile.nvlink)
