@@ -38,10 +38,12 @@ def linear(p: GpuProfile, form: str, kernel: Kernel, rows: Array, flops: Array, 
     """One dense GEMM of `rows` rows: `moved` activation bytes and the weights cross HBM."""
     assert kernel.gemm is not None
     weight, operand = OPERANDS[form]
+    n, k = kernel.gemm.n, kernel.gemm.k
+    if kernel.gemms > 1:  # fused GEMMs may differ in shape: as many columns of the first's depth as hold all the work
+        n = round((kernel.flops.tokens + kernel.flops.sampled + kernel.flops.keys) / (2 * k))
     return timing.linear(
-        p, form, p.sm_count, rows, kernel.gemm.n * kernel.gemms, kernel.gemm.k, kernel.weight_bytes, moved,
-        input_bytes=operand, bytes_per_weight=weight,
-    )  # fmt: skip
+        p, form, p.sm_count, rows, n, k, kernel.weight_bytes, moved, input_bytes=operand, bytes_per_weight=weight
+    )
 
 
 def experts(

@@ -47,6 +47,14 @@ def test_a_fused_network_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(capsys, "--unfuse", "--decode", "256")["saved_j"] < 0  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("batch", [["--prefill", "4096"], ["--decode", "256"]])
+def test_fused_gemms_of_unlike_shapes_take_no_longer(batch: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Gate and up are 4,096 deep, down 14,336: together the work of the two, without what they handed on."""
+    found = compared(capsys, *MLP, *batch)
+    assert found["saved_s"] > 0  # type: ignore[operator]
+    assert found["saved_j"] > 0  # type: ignore[operator]
+
+
 def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = EnergyModel("llama-3.1-8b").cascade
     for name, cascade in (("a", plain), ("b", fuse(plain, {"layer.mlp": ["gate_up", "act"]}))):
