@@ -129,6 +129,24 @@ def test_a_rate_needs_replicas_and_costs_idle_time() -> None:
     assert not fast.feasible[~kept_up].any()
 
 
+@pytest.mark.parametrize(("model", "tp", "rate"), [("llama-3.1-8b", 1, 2.0), ("llama-3.1-8b", 1, 15.0),
+                                                   ("llama-3.1-70b", 4, 4.0)])  # fmt: skip
+def test_at_a_rate_it_is_what_open_serving_predicts(model: str, tp: int, rate: float) -> None:
+    """`open_serving` draws requests one by one; both know the same queue."""
+    space = Space(gpus=("H100-SXM",), max_gpus=tp, tensor_parallel_size=(tp,), quantization=(None,),
+                  kv_cache_dtype=("auto",), max_num_seqs=(128,), max_num_batched_tokens=(8192,))  # fmt: skip
+    found = explore(model, Load(1000, 300, rate_per_s=rate), space)
+    assert len(found.deployments) == 1
+    deployment = replace(found.engines[0].deployment, max_num_seqs=128, max_num_batched_tokens=8192)
+    expected = EnergyModel(model, deployment).open_serving(rate, 1000, 300, prefix_cache_hit_rate=0.0)
+    table = found.deployments
+    assert table.token_j[0] == pytest.approx(expected.energy_per_output_token_j, rel=0.02)
+    assert table.running[0] == pytest.approx(expected.running, rel=0.03)
+    assert table.tpot_s[0] == pytest.approx(expected.mean_tpot_s, rel=0.03)
+    assert table.ttft_s[0] == pytest.approx(expected.mean_ttft_s, rel=0.25)
+    assert 1 - table.idle_share[0] == pytest.approx(expected.utilisation, abs=0.02)
+
+
 def test_what_else_is_tried_changes_nothing() -> None:
     space = Space(gpus=("H100-SXM",), max_gpus=2, quantization=(None,), kv_cache_dtype=("auto",))
     load = Load(1000, 300, rate_per_s=3.0)
