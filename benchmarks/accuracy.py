@@ -27,6 +27,7 @@ from fit_profiles import (
     recorded_runs,
     row_errors,
     start_from,
+    with_kernels_of,
 )
 
 from energylens_vllm.cli.table import percent, table
@@ -125,6 +126,9 @@ def main() -> None:
         serving(f"{gpu}, serving runs, shipped profile", rows, by_series(rows, *row_errors(rows, load_profile(gpu))))
         if args.serving:
             start = replace(start_from(load_profile("H200-SXM"), gpu, args.operations), vllm_release="0.11.1")
+            start = with_kernels_of(
+                start, load_profile("B200-SXM" if gpu == "H100-SXM" else "H100-SXM"), args.operations
+            )
             serving(f"{gpu}, serving runs, the series held out of the fit", rows, held_out_rows(start, rows))
 
 

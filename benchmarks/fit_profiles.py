@@ -372,6 +372,8 @@ TRANSFERRED = (
 HOPPER_FP8 = tuple(FREE_FORMATS)
 
 
+#: Kernels that vLLM 0.11.1 had in another state than the release of the tables.
+RELEASE_KERNELS = ("experts.fp8.memory_efficiency", "experts.fp8.compute_efficiency")
 #: Kernels that the measured steps of every calibrated GPU ran.
 MEASURED = ("linear.bfloat16", "experts.bfloat16")
 
@@ -423,7 +425,7 @@ def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuP
     0.25.1 were taken on another H100, and what they gave counts for releases nearer to 0.25.1.
     """
     tables, runs = prior("H100-SXM", operations), recorded_runs("H100-SXM")
-    steps = fit_steps(tables, runs)
+    steps = scale_formats(fit_steps(tables, runs), "fitted on this GPU", fitted=["fp8"])
     start = start_from(steps, "H100-SXM", operations)
     fitted = fit_serving(replace(start, vllm_release="0.11.1"), mlenergy_rows(data, "H100-SXM"))
     moved = {name: c for name, c in steps.coefficients.items() if c != fitted.coefficients[name]}
@@ -446,23 +448,40 @@ def h200(operations: pathlib.Path, hopper: GpuProfile) -> GpuProfile:
         {"energy.fp8.j_per_flop": fitted["energy.bfloat16.j_per_flop"] * share}, f"{share:.2f} of bf16, as {source}"
     )
     std = STD | spread(tables, runs)
+    fitted = scale_formats(fitted, "fitted on this GPU", fitted=["fp8"])
     return replace(fitted, calibrated=True, calibrated_formats=(*MEASURED, "linear.fp8"), std=std)
+
+
+def scale_formats(profile: GpuProfile, source: str, fitted: Sequence[str] = ()) -> GpuProfile:
+    """Energies of a FLOP in formats that were not `fitted`: their share of bf16's."""
+    bf16 = profile["energy.bfloat16.j_per_flop"]
+    energies = {
+        f"energy.{form}.j_per_flop": bf16 * share for form, share in FORMAT_ENERGY.items() if form not in fitted
+    }
+    return profile.with_values(energies, f"{source}; scaled from bf16 by the operands' width")
 
 
 def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProfile:
     """The prior of a GPU with the energies and host times that were fitted on another."""
     source = f"fitted on the {known.name}, not measured on this GPU"
     start = prior(gpu, operations).with_values({name: known[name] for name in TRANSFERRED}, source)
-    energies = {
-        f"energy.{form}.j_per_flop": known["energy.bfloat16.j_per_flop"] * share
-        for form, share in FORMAT_ENERGY.items()
-    }
-    return start.with_values(energies, f"{source}; scaled from bf16 by the operands' width")
+    return scale_formats(start, source)
 
 
-def b200(operations: pathlib.Path, data: pathlib.Path, known: GpuProfile) -> GpuProfile:
+def with_kernels_of(start: GpuProfile, other: GpuProfile, operations: pathlib.Path) -> GpuProfile:
+    """`start` with block-scaled experts as fast, against their table, as vLLM 0.11.1 had them on another GPU: each GPU
+    has one series of serving runs with them."""
+    tables = prior(other.name, operations)
+    return start.with_values(
+        {name: start[name] * other[name] / tables[name] for name in RELEASE_KERNELS},
+        f"{start.coefficients[RELEASE_KERNELS[0]].source}; times what vLLM 0.11.1 made of it on the {other.name}",
+    )
+
+
+def b200(operations: pathlib.Path, data: pathlib.Path, known: GpuProfile, hopper: GpuProfile) -> GpuProfile:
     rows = mlenergy_rows(data, "B200-SXM")
     start = replace(start_from(known, "B200-SXM", operations), vllm_release="0.11.1")
+    start = with_kernels_of(start, hopper, operations)
     fitted = fit_serving(start, rows)
     std = dict(STD)
     held_out = held_out_rows(start, rows)
@@ -486,7 +505,7 @@ def main() -> None:
     args = parser.parse_args()
     profile, hopper = h100(args.operations, args.data)
     known = h200(args.operations, hopper)
-    made = [profile, known, b200(args.operations, args.data, known)]
+    made = [profile, known, b200(args.operations, args.data, known, profile)]
     made += [unmeasured(args.operations, gpu, known) for gpu in ("A100-SXM-80GB", "L40S")]
     for each in made:
         path = PROFILES / f"{each.name}.json"
