@@ -134,10 +134,12 @@ class _Rank:
         most = limit * stages  # a batch of the limit in each stage
         sizes = np.unique(np.geomspace(stages, most, GRID).round())
         mixtures = tuple(mixture(model, size / stages, lengths) for size in sizes)
-        step_s = np.array([m.mean(m.predicted.time_s) for m in mixtures])
+        step_s = np.array([m.between_ends_s(stages) for m in mixtures])
+        alone_s = np.array([m.mean(m.predicted.time_s) for m in mixtures])
         completed = np.array([m.rate for m in mixtures]) / step_s
-        power_w = np.array([m.mean(m.predicted.energy_j) for m in mixtures]) / step_s
-        variance = np.array([m.mean(m.predicted.time_s**2) for m in mixtures]) - step_s**2
+        bubble_j = (step_s - alone_s) * model.idle_power_w / model.deployment.data_parallel_size
+        power_w = (np.array([m.mean(m.predicted.energy_j) for m in mixtures]) + bubble_j) / step_s
+        variance = np.array([m.mean(m.predicted.time_s**2) for m in mixtures]) - alone_s**2
         n = np.arange(1, most + 1, dtype=np.float64)
 
         def between(values: Array) -> Array:

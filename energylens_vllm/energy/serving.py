@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from energylens_vllm.energy.batch import Array, steps_of_mixtures
+from energylens_vllm.energy.pipeline import longest
 from energylens_vllm.energy.speculative import Speculation, drafting
 from energylens_vllm.errors import EnergyLensError
 
@@ -37,6 +38,7 @@ class ServingPrediction:
     prefill_energy_share: float
     interval_j: tuple[float, float]
     flags: frozenset[str]
+    bubble_share: float = 0.0  #: of the time, in which a pipeline's stages wait for longer steps in front
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,13 @@ class Mixture:
     def mean(self, values: Array) -> float:
         """Over steps."""
         return float((self.weights * values).sum())
+
+    def between_ends_s(self, stages: int) -> float:
+        """Seconds from one step's end to the next in a pipeline of `stages`."""
+        if stages == 1:
+            return self.mean(self.predicted.time_s)
+        one = np.zeros(len(self.weights), dtype=np.int64)
+        return float(longest(self.predicted.time_s, self.weights, one, 1, stages)[0])
 
 
 def mixture(model: EnergyModel, batch: float, lengths: Lengths, drafts: Speculation | None = None) -> Mixture:
@@ -116,14 +125,17 @@ def serve(
     batch = min(concurrency / (ranks * in_flight), deployment.max_num_seqs)
     steps = mixture(model, batch, lengths, drafts)
     predicted = steps.predicted
-    step_s, step_j = steps.mean(predicted.time_s), steps.mean(predicted.energy_j)
+    alone_s, step_s = steps.mean(predicted.time_s), steps.between_ends_s(in_flight)
+    bubble_s = step_s - alone_s
+    bubble_j = bubble_s * model.idle_power_w / ranks
+    step_j = steps.mean(predicted.energy_j) + bubble_j
     kept, draft_j = 1.0, 0.0
     if drafts is not None:
         draft_s, draft_j = drafting(model, drafts, batch, lengths)
         kept, step_s, step_j = drafts.tokens_per_step, step_s + draft_s, step_j + draft_j
         flags |= drafts.flags
     tokens = steps.rate * lengths.output  # generated in a step
-    low, high = ((steps.mean(bound) + draft_j) / tokens for bound in (predicted.low_j, predicted.high_j))
+    low, high = ((steps.mean(bound) + draft_j + bubble_j) / tokens for bound in (predicted.low_j, predicted.high_j))
     starts = steps.weights[1:] * predicted.time_s[1:]
     first_s = float(starts.sum() / steps.weights[1:].sum()) * steps.chunks * in_flight
     return ServingPrediction(
@@ -138,6 +150,7 @@ def serve(
         prefill_energy_share=steps.mean(predicted.phases["prefill"]) / step_j,
         interval_j=(low, high),
         flags=flags,
+        bubble_share=bubble_s / step_s,
     )
 
 

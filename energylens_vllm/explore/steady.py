@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from energylens_vllm.energy import EnergyModel, Predictions
 from energylens_vllm.energy.batch import Array, steps_of_mixtures
+from energylens_vllm.energy.pipeline import longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +75,24 @@ def steady(
 
     tokens = rate * output  # generated in a step
     step_s, step_j = over_steps(weights * predicted.time_s), over_steps(weights * predicted.energy_j)
+    bubble_j = np.zeros_like(step_j)
+    if in_flight > 1:  # batches in flight wait for the longest of them
+        alone_s, step_s = step_s, longest(predicted.time_s, weights, load, len(rate), in_flight)
+        bubble_j = (step_s - alone_s) * model.idle_power_w / ranks
+        step_j = step_j + bubble_j
     begun = np.where(starting > 0, weights, 0.0)
     return Steady(
         token_j=step_j / tokens,
-        low_j=over_steps(weights * predicted.low_j) / tokens,
-        high_j=over_steps(weights * predicted.high_j) / tokens,
+        low_j=(over_steps(weights * predicted.low_j) + bubble_j) / tokens,
+        high_j=(over_steps(weights * predicted.high_j) + bubble_j) / tokens,
         power_w=ranks * step_j / step_s,
         tokens_per_s=ranks * tokens / step_s,
         tpot_s=in_flight * step_s,
         ttft_s=over_steps(begun * predicted.time_s) / over_steps(begun) * chunks * in_flight,
-        components_j={name: over_steps(weights * part) / tokens for name, part in _parts(predicted).items()},
+        components_j={
+            name: (over_steps(weights * part) + (bubble_j if name == "static" else 0.0)) / tokens
+            for name, part in _parts(predicted).items()
+        },
     )
 
 
