@@ -49,7 +49,7 @@ _SUMMARY = Row(
             height=5,
         ),
         Panel(
-            "Energy per output token",
+            "Energy per output token now",
             "stat",
             "joule",
             "Measured GPU energy, idle time included, over the tokens that vLLM generated.",
@@ -692,7 +692,7 @@ FLEET = Dashboard(
     "Replicas side by side: their energy, their load and their latency.",
     (
         Row(
-            "Replicas",
+            "Side by side",
             (
                 Panel(
                     "Replicas",
