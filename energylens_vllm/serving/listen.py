@@ -15,6 +15,10 @@ from energylens_vllm.serving.request_log import RequestLog
 from energylens_vllm.serving.settings import Settings
 from energylens_vllm.serving.shares import Prices, Spared
 
+#: A request that asks waits until the steps since the last report are charged, on the engine's thread: some 0.15 ms a
+#: step, so they must not be many.
+MOST_UNCHARGED_S = 1.0
+
 
 def measure(observer: StepObserver, backend: Backend, metered: int) -> Meter:
     """Read the engine's `metered` GPUs on this host from now on, and compare with what is predicted."""
@@ -42,6 +46,7 @@ def attribute(observer: StepObserver, settings: Settings, engine: int = 0) -> No
     if settings.request_log is not None:
         path = Path(settings.request_log)
         attribution.listeners.append(RequestLog(path.with_suffix(f".{engine}{path.suffix}") if engine else path))
+    observer.report_interval_s = min(observer.report_interval_s, MOST_UNCHARGED_S)
     observer.attribution = attribution
     observer.listeners.append(attribution)
 

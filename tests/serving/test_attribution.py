@@ -18,10 +18,11 @@ from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.serving.attribution import Account, Attribution, whole_units
 from energylens_vllm.serving.batch import Batch
 from energylens_vllm.serving.increments import GRID, Increments, Report
-from energylens_vllm.serving.observer import Step
+from energylens_vllm.serving.listen import attribute
+from energylens_vllm.serving.observer import Step, StepObserver
 from energylens_vllm.serving.predictor import ModelPredictor, Predictions, Rows
 from energylens_vllm.serving.request_log import RequestLog
-from energylens_vllm.serving.settings import RULES
+from energylens_vllm.serving.settings import RULES, Settings
 from energylens_vllm.serving.shares import Prices, Spared, shares
 
 
@@ -315,3 +316,20 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         log([Account("r", 0.5, 0.25, 10, 3, 0, 0.0, True)])
     with pytest.raises(OSError):  # noqa: PT011
         RequestLog(Path("/proc/none/requests.jsonl"))
+
+
+def test_an_engine_with_accounts_reports_each_second(tmp_path: Path) -> None:
+    observer = StepObserver(lambda work: work, PREDICTORS["dense"], report_interval_s=5.0)
+    attribute(observer, Settings(), 0)
+    assert (observer.attribution, observer.report_interval_s) == (None, 5.0)
+    attribute(observer, Settings(attribution=True, request_log=str(tmp_path / "log.jsonl")), 2)
+    assert observer.listeners == [observer.attribution]
+    assert observer.report_interval_s == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["log.2.jsonl"]  # a data-parallel engine has its own
+
+
+def test_without_a_prediction_there_are_no_accounts() -> None:
+    observer = StepObserver(lambda work: work, None)
+    attribute(observer, Settings(attribution=True), 0)
+    assert observer.attribution is None
+    assert not observer.listeners
