@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,13 @@ class EnergyModel:
         #: masks of the network's attention, in the order in which `Steps.attention` has to be
         self.masks: tuple[Mask, ...] = tuple(dict.fromkeys(k.attention.mask for k in kernels if k.attention))
         self._collectives = Collectives.load(self.profile.name, self.profile.nvlink)
-        self._stages = [
-            self._gpu_step(
+        launched = [
+            tuple(replace(kernel, stage=0) for kernel in kernels if kernel.stage == stage) for stage in range(mesh.pp)
+        ]
+        alike = {
+            each: self._gpu_step(
                 overlap,
-                [kernel for kernel in kernels if kernel.stage == stage],
+                each,
                 self.masks,
                 self.profile,
                 format_of(quantization),
@@ -121,8 +124,9 @@ class EnergyModel:
                 self._loads,
                 self._exchange,
             )
-            for stage in range(mesh.pp)
-        ]
+            for each in dict.fromkeys(launched)
+        }
+        self._stages = [alike[each] for each in launched]
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
         if overlap is not None:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
@@ -131,8 +135,8 @@ class EnergyModel:
     def predict(self, steps: Steps) -> Predictions:
         """N steps of one data-parallel rank. With pipeline parallelism the pipeline is taken to be full: a step ends
         each time the slowest stage does. Ranks that share experts are taken to have like batches."""
-        stages = [stage.evaluate(steps) for stage in self._stages]
-        return self._together(steps, stages)
+        evaluated = {stage: stage.evaluate(steps) for stage in dict.fromkeys(self._stages)}  # alike ones once
+        return self._together(steps, [evaluated[stage] for stage in self._stages])
 
     def step(self, requests: Sequence[tuple[int, int]], decode: Sequence[bool] | None = None) -> StepPrediction:
         """One engine step over the whole deployment, of requests (num_new_tokens, num_computed_tokens).

@@ -131,7 +131,7 @@ class _Rank:
     @classmethod
     def of(cls, model: EnergyModel, lengths: Lengths) -> _Rank:
         limit, stages = model.deployment.max_num_seqs, model.deployment.pipeline_parallel_size
-        most = limit * stages  # a batch of the limit in each stage
+        most = max(limit, stages)  # of an engine, spread over its stages
         sizes = np.unique(np.geomspace(stages, most, GRID).round())
         mixtures = tuple(mixture(model, size / stages, lengths) for size in sizes)
         step_s = np.array([m.between_ends_s(stages) for m in mixtures])

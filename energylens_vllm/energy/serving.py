@@ -122,7 +122,7 @@ def serve(
     lengths = Lengths.of(prompts, outputs, hit_rate, mean_context_tokens)
     deployment = model.deployment
     ranks, in_flight = deployment.data_parallel_size, deployment.pipeline_parallel_size
-    batch = min(concurrency / (ranks * in_flight), deployment.max_num_seqs)
+    batch = min(concurrency / ranks, deployment.max_num_seqs) / in_flight
     steps = mixture(model, batch, lengths, drafts)
     predicted = steps.predicted
     alone_s, step_s = steps.mean(predicted.time_s), steps.between_ends_s(in_flight)
