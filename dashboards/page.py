@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from energylens_vllm.dashboards.boards import DASHBOARDS
 from energylens_vllm.dashboards.manifests import GRAFANA_PORT, PROMETHEUS_PORT
-from energylens_vllm.dashboards.promql import VLLM
+from energylens_vllm.dashboards.promql import VLLM, QueryError
 from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS
 from energylens_vllm.serving.metrics import METRICS
 
@@ -41,7 +41,7 @@ or replace the argument by a URL. Alerts are explained in [runbook.md](runbook.m
 
 
 def dashboards_page() -> str:
-    """The page."""
+    """The page. Raises QueryError for a metric that no panel shows."""
     parts = [_INTRODUCTION]
     parts += ["## Panels", "", "| dashboard | panel | shows |", "| --- | --- | --- |"]
     parts += [f"| {board.title} | {panel.title} | {panel.text} |" for board in DASHBOARDS for panel in board.panels]
@@ -64,4 +64,6 @@ def _panels_of(metric: str) -> str:
         for panel in board.panels
         if metric in panel.metrics
     ]
+    if not shown:
+        raise QueryError(f"dashboards: no panel shows {metric}; accepted: each metric on one or more, in boards.py")
     return "; ".join(shown)

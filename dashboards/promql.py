@@ -34,6 +34,7 @@ class QueryError(EnergyLensError):
 
 def metric_labels(name: str, kind: str) -> tuple[str, ...]:
     """All labels of a metric after scraping. Raises QueryError if there is none of that name and type."""
+    found: str
     if name in BY_NAME:
         found, labels = BY_NAME[name].type, BY_NAME[name].label_names
     elif name in VLLM:

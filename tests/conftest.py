@@ -20,6 +20,7 @@ AVAILABLE: dict[str, Callable[[], bool]] = {
     "releases": lambda: importlib.util.find_spec("vllm") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None and shutil.which("promtool") is not None,
     "chromium": lambda: shutil.which("chromium") is not None,
+    "compose": lambda: shutil.which("docker-compose") is not None,
 }
 
 

@@ -3,7 +3,9 @@
 set -euo pipefail
 missing=()
 if ! { command -v prometheus && command -v promtool; } >/dev/null; then missing+=(prometheus); fi
-if ! command -v chromium >/dev/null; then missing+=(chromium); fi
+for program in chromium docker-compose; do
+    if ! command -v "$program" >/dev/null; then missing+=("$program"); fi
+done
 if [ ${#missing[@]} -gt 0 ]; then
     if [ -n "${CI:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "Installing ${missing[*]}" >&2

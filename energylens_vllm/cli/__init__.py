@@ -24,6 +24,7 @@ COMMANDS = {
     "explore": "find the deployments that serve a load with least energy",
     "compare": "what another fusion of a network saves",
     "replay": "predict recorded steps and score them against what was measured",
+    "monitor": "start Prometheus with the energy rules beside a running vLLM",
     "doctor": "check vLLM, the plugin, the GPUs and the settings of this machine",
     "models": "list the models that are known by name",
     "gpus": "list the GPU profiles",

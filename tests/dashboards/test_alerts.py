@@ -116,7 +116,7 @@ def run(case: Case, rules: Path, folder: Path) -> subprocess.CompletedProcess[st
     labels = {"job": "vllm", "instance": "a:8000", "model_name": "m", "engine": "0", **case.labels, **rule["labels"]}
     test = {
         "rule_files": [str(rules)],
-        "evaluation_interval": "1m",
+        "evaluation_interval": "1m" if case.at < DAY else "5m",
         "tests": [
             {
                 "interval": "1m",
