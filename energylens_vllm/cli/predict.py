@@ -10,6 +10,11 @@ A load is given by how many requests are in the server at all times, each replac
 
     energylens predict llama-3.1-8b --concurrency 64 --prompt-tokens 512 --output-tokens 256
 
+or by the rate at which they arrive, at random or as a trace file has them:
+
+    energylens predict llama-3.1-8b --rate 5 --prompt-tokens 512 --output-tokens 256
+    energylens predict llama-3.1-8b --trace AzureLLMInferenceTrace_conv.csv
+
 Energies are of all GPUs of the deployment together.
 """
 
@@ -25,9 +30,9 @@ from energylens_vllm.cli.table import percent, quantity, table
 from energylens_vllm.errors import EnergyLensError
 
 if TYPE_CHECKING:
-    from energylens_vllm.energy import ServingPrediction, StepPrediction
+    from energylens_vllm.energy import OpenServing, ServingPrediction, StepPrediction
 
-_LOAD = ("concurrency", "prompt_tokens", "output_tokens", "prefix_cache_hit_rate")
+_LOAD = ("concurrency", "rate", "trace", "prompt_tokens", "output_tokens", "prefix_cache_hit_rate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load = parser.add_argument_group("load", "instead of a batch")
     load.add_argument("--concurrency", type=float, metavar="N", help="requests in the server at all times")
+    load.add_argument("--rate", type=float, metavar="N", help="instead: requests a second that arrive at random")
+    load.add_argument(
+        "--trace", metavar="FILE", help="instead: requests as they come, Azure's CSV or Mooncake's JSON lines"
+    )
     load.add_argument("--prompt-tokens", type=float, metavar="TOKENS", help="mean length of their prompts")
     load.add_argument("--output-tokens", type=float, metavar="TOKENS", help="mean length of their outputs")
     load.add_argument(
@@ -57,8 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if any(getattr(args, name) is not None for name in _LOAD):
-        load = steady(args)
-        print(json.dumps(asdict(load) | {"flags": sorted(load.flags)}) if args.json else load_as_text(load))
+        load: ServingPrediction | OpenServing
+        if args.rate is None and args.trace is None:
+            load = steady(args)
+            text = load_as_text(load)
+        else:
+            load = open_load(args)
+            text = open_load_as_text(load)
+        print(json.dumps(asdict(load) | {"flags": sorted(load.flags)}) if args.json else text)
         return 0
     batch = requests(args)
     step = energy_model(args).step(batch)
@@ -83,18 +98,46 @@ def requests(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def steady(args: argparse.Namespace) -> ServingPrediction:
-    """The prediction of the load that the flags describe."""
-    if args.decode or args.prefill or args.requests is not None:
-        raise EnergyLensError("batch: give either one (--decode, --prefill, --requests) or a load, not both")
-    for name in _LOAD[:3]:
-        if getattr(args, name) is None:
-            raise EnergyLensError(f"--{name.replace('_', '-')}: it is missing; a load needs it")
+    """The prediction of the closed queue that the flags describe."""
+    _no_batch(args)
+    _needs(args, "concurrency", "prompt_tokens", "output_tokens")
     return energy_model(args).serving(
         args.concurrency,
         args.prompt_tokens,
         args.output_tokens,
         prefix_cache_hit_rate=args.prefix_cache_hit_rate,
     )
+
+
+def open_load(args: argparse.Namespace) -> OpenServing:
+    """The prediction of the arrivals that the flags describe."""
+    from energylens_vllm.energy.arrivals import read_trace, simulate
+
+    _no_batch(args)
+    if sum(given is not None for given in (args.concurrency, args.rate, args.trace)) > 1:
+        raise EnergyLensError("load: give one of --concurrency, --rate and --trace")
+    if args.trace is None:
+        _needs(args, "rate", "prompt_tokens", "output_tokens")
+        return energy_model(args).open_serving(
+            args.rate, args.prompt_tokens, args.output_tokens, args.prefix_cache_hit_rate
+        )
+    if args.prompt_tokens is not None or args.output_tokens is not None:
+        raise EnergyLensError("--trace: it has lengths of its own; leave --prompt-tokens and --output-tokens out")
+    hit_rate = args.prefix_cache_hit_rate or 0.0
+    if not 0 <= hit_rate < 1:
+        raise EnergyLensError(f"--prefix-cache-hit-rate: {hit_rate!r}; accepted: 0 up to, not including, 1")
+    return simulate(energy_model(args), read_trace(args.trace, hit_rate))
+
+
+def _no_batch(args: argparse.Namespace) -> None:
+    if args.decode or args.prefill or args.requests is not None:
+        raise EnergyLensError("batch: give either one (--decode, --prefill, --requests) or a load, not both")
+
+
+def _needs(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            raise EnergyLensError(f"--{name.replace('_', '-')}: it is missing; a load needs it")
 
 
 def parse_requests(text: str, field: str) -> list[tuple[int, int]]:
@@ -169,6 +212,28 @@ def load_as_text(load: ServingPrediction) -> str:
         ["time to first token", quantity(load.time_to_first_token_s, "s"), ""],
     ]
     return "\n\n".join([table(["", "predicted", "90 % interval"], rows), *_flags(load.flags)])
+
+
+def open_load_as_text(load: OpenServing) -> str:
+    means = [
+        ["requests per second", f"{load.rate_per_s:.4g}"],
+        ["energy per output token", quantity(load.energy_per_output_token_j, "J")],
+        ["energy per request", quantity(load.energy_per_request_j, "J")],
+        ["power", quantity(load.power_w, "W")],
+        ["while idle", quantity(load.idle_power_w, "W")],
+        ["busy", percent(load.utilisation)],
+        ["requests running", f"{load.running:.3g}"],
+        ["requests that wait for a full batch", percent(load.waiting_share)],
+    ]
+    latencies = [
+        [name, quantity(mean, "s"), *(quantity(value, "s") for value in by_percentile.values())]
+        for name, mean, by_percentile in (
+            ("time to first token", load.mean_ttft_s, load.ttft_s),
+            ("time per output token", load.mean_tpot_s, load.tpot_s),
+        )
+    ]
+    headers = ["", "mean", *(f"{percentile} %" for percentile in load.ttft_s)]
+    return "\n\n".join([table(["", "predicted"], means), table(headers, latencies), *_flags(load.flags)])
 
 
 def _flags(flags: frozenset[str]) -> list[str]:
