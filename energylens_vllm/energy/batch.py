@@ -118,6 +118,10 @@ def steps_from_arrays(new: Any, computed: Any, offsets: Any, masks: Sequence[Mas
             sums: Array = np.add.reduceat(np.append(values, 0.0), bounds[:-1])
             return np.where(sizes > 0, sums, 0.0)
 
+    if is_decode.all() and (n == 1.0).all():  # what a server does nearly always: each query is its keys' only one
+        rows, none = sizes.astype(np.float64), np.zeros(len(sizes))
+        seen = [total(keys_read(1.0, c, mask)) for mask in masks]
+        return Steps(rows, rows, rows, rows, tuple(Attention(sums, none, sums, none) for sums in seen))
     dec = is_decode.astype(np.float64)
     attention = []
     for mask in masks:

@@ -69,14 +69,13 @@ class StepObserver:
         self,
         read: Callable[[Any], Batch],
         predictor: Predictor | None,
-        report_interval_s: float = 2.0,
+        report_interval_s: float = 5.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`read` makes a batch of what `scheduled` was given; without a predictor, steps are only counted."""
         self.clock = clock
         self.report_interval_s = report_interval_s
         self.has_reporter = False  #: whether a thread calls `report`; if not, the engine's own has to
-        self.out_of_work = threading.Event()  #: tells that thread not to wait for the interval to end
         self.predictor = predictor
         self.guard = Guard()
         self.increments = Increments()  #: for the thread that reports, and its listeners
@@ -114,8 +113,13 @@ class StepObserver:
         del self._in_flight[id(key)]  # not before: at any time a step is in one of both
 
     def is_due(self, out_of_work: bool) -> bool:
-        """Whether to call `report` now: the interval is over, or no later step may come to do it."""
-        return out_of_work or self.clock() >= self._next_report_s
+        """Whether to call `report` now: the interval is over, or many steps wait, or no later one may come to do it."""
+        return out_of_work or self.clock() >= self._next_report_s or len(self._ended) >= MAX_UNREPORTED // 4
+
+    @property
+    def has_unreported(self) -> bool:
+        """Whether steps have ended since the last report."""
+        return bool(self._ended)
 
     def take_outbox(self) -> list[Report]:
         """All that is to be shipped, perhaps nothing."""

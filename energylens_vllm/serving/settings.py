@@ -48,7 +48,7 @@ class Settings:
         "flagged `reference_gpu`.",
     )
     report_interval_s: float = setting(
-        2.0,
+        5.0,
         "Seconds between a busy engine's reports to the API servers, so how far /metrics may lag behind. An engine "
         "that runs out of work reports at once.",
     )

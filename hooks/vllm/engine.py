@@ -13,7 +13,7 @@ from energylens_vllm.hooks.vllm import transport
 from energylens_vllm.serving.observer import StepObserver
 from energylens_vllm.serving.settings import OFFLINE_VARIABLE
 
-GATHER_S = 0.1  #: so that short requests that come one after the other share a report
+LOOK_S = 0.2  #: how often to see whether the engine has run out of work
 
 
 def install(core: ModuleType) -> None:
@@ -76,19 +76,17 @@ class Reporter(threading.Thread):
         """Report until the process ends."""
         observer = self._observer
         while True:
-            if observer.out_of_work.wait(observer.report_interval_s):
-                time.sleep(GATHER_S)
-                observer.out_of_work.clear()
+            time.sleep(min(LOOK_S, observer.report_interval_s))
             with observer.guard.at("report"):
-                observer.report()
-                if observer.outbox and self._is_idle():
+                out_of_work = not self._engine.scheduler.has_unfinished_requests()
+                if observer.is_due(out_of_work and observer.has_unreported):
+                    observer.report()
+                if observer.outbox and (out_of_work or self._is_silent()):
                     self._send()
 
-    def _is_idle(self) -> bool:
-        """Whether no step may end soon, which would take the report along."""
-        observer = self._observer
-        silent_s = observer.clock() - observer.last_end_s
-        return silent_s > observer.report_interval_s / 2 or not self._engine.scheduler.has_unfinished_requests()
+    def _is_silent(self) -> bool:
+        """Whether it is long since a step has ended, though there are requests: the next may be far."""
+        return self._observer.clock() - self._observer.last_end_s > self._observer.report_interval_s / 2
 
     def _send(self) -> None:
         from vllm.v1.engine import EngineCoreOutputs

@@ -65,12 +65,8 @@ def observed(base: type) -> type:
                 observer.ended(scheduler_output)
                 if observer.asking:
                     requests.answer(observer, outputs)
-                out_of_work = not self.has_unfinished_requests()
-                if not observer.has_reporter:
-                    if observer.is_due(out_of_work):
-                        observer.report()
-                elif out_of_work:
-                    observer.out_of_work.set()
+                if not observer.has_reporter and observer.is_due(not self.has_unfinished_requests()):
+                    observer.report()
                 if observer.outbox:
                     transport.attach(outputs, observer.take_outbox)
             except Exception:

@@ -49,7 +49,7 @@ ADDITIONAL = '{"energylens": {"gpu": "B200-SXM", "report_interval_s": 9}}'
 ENVIRON = {"ENERGYLENS_GPU": "H100-SXM", "ENERGYLENS_REPORT_INTERVAL_S": "3"}
 #: name -> (arguments, environment, gpu and report_interval_s in force)
 ACCEPTED: dict[str, tuple[list[str], dict[str, str], tuple[str | None, float]]] = {
-    "nothing": ([], {}, (None, 2.0)),
+    "nothing": ([], {}, (None, 5.0)),
     "environment": ([], ENVIRON, ("H100-SXM", 3.0)),
     "additional config": (["--additional-config", ADDITIONAL], {}, ("B200-SXM", 9)),
     "additional config over environment": (["--additional-config", ADDITIONAL], ENVIRON, ("B200-SXM", 9)),
@@ -57,8 +57,8 @@ ACCEPTED: dict[str, tuple[list[str], dict[str, str], tuple[str | None, float]]] 
     "JSON over all": (["--energylens", JSON, "--additional-config", ADDITIONAL], ENVIRON, ("L40S", 2.5)),
     "dotted": (["--energylens.gpu", "L40S", "--energylens.report_interval_s", "2"], {}, ("L40S", 2)),
     "dotted over some": (["--energylens.gpu=L40S", "--additional-config", ADDITIONAL], ENVIRON, ("L40S", 9)),
-    "before other flags": (["--plugin", "energylens", "--seed", "7"], {}, (None, 2.0)),
-    "as one word": (["--plugin=energylens", "--energylens.gpu=L40S"], {}, ("L40S", 2.0)),
+    "before other flags": (["--plugin", "energylens", "--seed", "7"], {}, (None, 5.0)),
+    "as one word": (["--plugin=energylens", "--energylens.gpu=L40S"], {}, ("L40S", 5.0)),
 }
 #: arguments -> part of the line that says what is wrong
 REFUSED: dict[str, tuple[list[str], str]] = {

@@ -73,6 +73,17 @@ def test_steps_together_are_as_each_alone(name: str, packed: bool) -> None:
     assert together == pytest.approx(predictions.energy_j, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "llama-4-scout"])
+def test_decode_steps_among_themselves_and_among_others(name: str) -> None:
+    predictor = make_predictor(load_config(name), DEPLOYMENT)
+    decodes = [[(1, 1000 * i + 37 * j, True) for j in range(1, 30 + i)] for i in range(12)]
+    among_themselves = predictor.predict([batch(requests) for requests in decodes])
+    among_others = predictor.predict([batch(requests) for requests in [*decodes, [(500, 0, False)]]])
+    assert among_themselves.energy_j == pytest.approx(among_others.energy_j[:-1], rel=1e-12)
+    assert among_themselves.phases["decode"] == pytest.approx(among_others.phases["decode"][:-1], rel=1e-12)
+    assert not among_themselves.phases["prefill"].any()
+
+
 def test_a_data_parallel_engine_predicts_its_own_requests_on_its_own_gpus() -> None:
     dense = [make_predictor(load_config("llama-3.1-8b"), DEPLOYMENT | {"data_parallel_size": n}) for n in (1, 4)]
     one, four = (predictor.predict([batch(DECODE)]) for predictor in dense)

@@ -11,7 +11,7 @@ from energylens_vllm.serving.settings import FLAG_VARIABLE, Settings, load
 
 
 def test_defaults_where_nothing_is_said() -> None:
-    assert load(environ={}) == Settings(enabled=True, gpu=None, report_interval_s=2.0)
+    assert load(environ={}) == Settings(enabled=True, gpu=None, report_interval_s=5.0)
 
 
 def test_the_flag_beats_the_additional_config_beats_the_environment() -> None:
