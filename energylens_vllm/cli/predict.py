@@ -168,6 +168,7 @@ def as_json(step: StepPrediction) -> dict[str, object]:
         "interval_j": list(step.interval_j),
         "components_j": dict(step.components),
         "phases_j": dict(step.phases),
+        "waste_j": step.waste_j,
         "flags": sorted(step.flags),
     }
 
