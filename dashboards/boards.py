@@ -432,8 +432,7 @@ ACCURACY = Dashboard(
                                 "tensor_parallel_size",
                                 "pipeline_parallel_size",
                                 how="max",
-                            ),
-                            "is so",
+                            )
                         ),
                     ),
                     width=16,
@@ -443,7 +442,7 @@ ACCURACY = Dashboard(
                     "table",
                     "short",
                     "Releases of the plugin and of vLLM.",
-                    (Query(gauge("energylens_build_info", "instance", "version", "vllm_version", how="max"), "is so"),),
+                    (Query(gauge("energylens_build_info", "instance", "version", "vllm_version", how="max")),),
                 ),
                 Panel(
                     "Less than sure",

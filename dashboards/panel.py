@@ -237,11 +237,12 @@ def _options(panel: Panel) -> dict[str, Any]:
 
 
 def _table_transformations(panel: Panel) -> list[dict[str, Any]]:
-    """One line an engine, one column a query, named by its legend."""
-    renamed = {f"Value #{letter}": query.legend for query, letter in _lettered(panel)}
+    """One line an engine, one column a query, named by its legend; one without is left out: only its labels matter."""
+    values = {f"Value #{letter}": query.legend for query, letter in _lettered(panel)}
     if len(panel.queries) == 1:
-        renamed = {"Value": panel.queries[0].legend}
-    hidden = {"Time": True}
+        values = {"Value": panel.queries[0].legend}
+    hidden = {"Time": True} | {column: True for column, legend in values.items() if not legend}
+    renamed = {column: legend for column, legend in values.items() if legend}
     return [
         {"id": "merge", "options": {}},
         {"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": renamed}},

@@ -11,7 +11,7 @@ from simulated import NOW_S, REPLICAS, Simulated
 from energylens_vllm.dashboards.boards import DASHBOARDS
 from energylens_vllm.dashboards.panel import Panel, Query
 from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS, Alert, Recording
-from energylens_vllm.serving.metrics import COMPONENTS
+from energylens_vllm.serving.metrics import BY_NAME, COMPONENTS
 
 pytestmark = pytest.mark.prometheus
 
@@ -66,6 +66,11 @@ def test_a_query_has_plausible_results(prometheus: Prometheus, panel: Panel, que
 @pytest.mark.parametrize(("panel", "query"), QUERIES)
 def test_without_traffic_there_is_nothing_not_an_error(prometheus: Prometheus, panel: Panel, query: Query) -> None:
     assert prometheus.at(filled_in(query.expr, job="nobody")) == []
+
+
+def test_what_is_shown_is_what_the_plugin_exports(simulated: Simulated) -> None:
+    exported = {family for family, series in simulated.samples.items() if series and family.startswith("energylens_")}
+    assert exported == {name.removesuffix("_total") for name in BY_NAME.keys() - ABSENT}
 
 
 def panel_of(title: str, board: str = "energylens-overview") -> Panel:

@@ -1,0 +1,63 @@
+"""`energylens monitor` beside a real vLLM on a CPU: panels show what it exports, and no alert is about to fire."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_server import Prometheus, finite, free_port
+from test_live import filled_in
+
+from energylens_vllm.dashboards.boards import DASHBOARDS
+from energylens_vllm.dashboards.panel import Panel
+from energylens_vllm.dashboards.rules import ALERTS
+
+pytestmark = [pytest.mark.nightly, pytest.mark.vllm, pytest.mark.prometheus]
+
+#: there are no GPUs, so nothing is measured and nothing compared; and `attribution` is off
+WITHOUT_GPU = ("energylens_gpu_", "energylens_compared_", "energylens_absolute_error_", "energylens_relative_error")
+
+
+@contextmanager
+def monitored(address: str) -> Iterator[Prometheus]:
+    port = free_port()
+    command = [sys.executable, "-m", "energylens_vllm.cli", "monitor", address, f"--port={port}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert "Prometheus" in process.stdout.readline()
+        yield Prometheus(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def needs_gpu(panel: Panel) -> bool:
+    return any(name.startswith(WITHOUT_GPU) for name in panel.metrics)
+
+
+def test_panels_show_a_real_server(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "hooks"))
+    from server import serving
+
+    port = free_port()
+    with serving(tiny_model, tmp_path, port, "--plugin=energylens") as vllm, monitored(f"127.0.0.1:{port}") as server:
+        for _ in range(6):
+            vllm.complete_all([50, 100, 150], max_tokens=40)
+            time.sleep(4.0)
+        now_s = time.time()
+        shown = [panel for board in DASHBOARDS for panel in board.panels if not needs_gpu(panel)]
+        assert len(shown) > 20
+        for panel in shown:
+            for query in panel.queries:
+                points = server.at(filled_in(query.expr), now_s)
+                assert points, f"{panel.title}: {query.expr}"
+                ours = "energylens_request_energy" in query.expr or "relative" in query.expr
+                assert ours or finite(points), f"{panel.title}: {query.expr}"
+        for alert in ALERTS:
+            assert server.at(alert.expr, now_s) == [], alert.name
