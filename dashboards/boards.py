@@ -115,10 +115,10 @@ OVERVIEW = Dashboard(
                     "Power",
                     "timeseries",
                     "watt",
-                    "Measured power of all GPUs; predicted power of the steps, with both ends of its 90 % interval. "
+                    "Measured power of all GPUs and predicted power of the steps, with both ends of its 90 % interval. "
                     "A prediction covers steps only: with an idle engine it falls to 0 and the measured power to idle.",
                     (
-                        Query(gauge("energylens_gpu_power_watts"), "measured"),
+                        Query(rate(_MEASURED), "measured"),
                         Query(rate(_PREDICTED), "predicted"),
                         Query(rate(_BOUNDS, "bound"), "{{bound}} bound"),
                     ),
@@ -241,6 +241,7 @@ OVERVIEW = Dashboard(
                         Query(gauge("vllm:num_requests_running"), "running"),
                         Query(gauge("vllm:num_requests_waiting"), "waiting"),
                     ),
+                    axis_to=1,
                 ),
                 Panel(
                     "Time of a request",
@@ -371,6 +372,7 @@ ACCURACY = Dashboard(
                         ),
                     ),
                     width=12,
+                    axis_to=1,
                 ),
             ),
         ),
@@ -456,6 +458,7 @@ ACCURACY = Dashboard(
                             "{{flag}}",
                         ),
                     ),
+                    axis_to=1,
                 ),
                 Panel(
                     "Not predicted",
@@ -466,6 +469,7 @@ ACCURACY = Dashboard(
                         Query(rate("energylens_unpredicted_steps_total"), "steps not predicted"),
                         Query(increase("energylens_plugin_failures_total", "place", over=_OVER), "failures: {{place}}"),
                     ),
+                    axis_to=1,
                 ),
                 Panel(
                     "State of the predictor",
@@ -473,6 +477,7 @@ ACCURACY = Dashboard(
                     "short",
                     "How many engines are in each state.",
                     (Query(gauge("energylens_predictor_state", "state"), "{{state}}"),),
+                    axis_to=1,
                 ),
             ),
         ),
@@ -490,6 +495,7 @@ ACCURACY = Dashboard(
                             gauge("energylens_gpu_reading_trusted", "instance", "gpu", how="min"), f"trusted: {_GPU}"
                         ),
                     ),
+                    axis_to=1,
                 ),
                 Panel(
                     "Age of the last reading",
@@ -504,6 +510,7 @@ ACCURACY = Dashboard(
                     "short",
                     "What went wrong in reading GPUs, in 5 minutes; docs/meter.md says what each means.",
                     (Query(increase("energylens_meter_faults_total", "kind", over=_OVER), "{{kind}}"),),
+                    axis_to=1,
                 ),
             ),
         ),
@@ -630,12 +637,14 @@ PARALLELISM = Dashboard(
                     "Power of each GPU",
                     "timeseries",
                     "watt",
-                    "Measured power and the limit in force.",
+                    "Measured power and the limit in force; on a superchip also the power of the module that the "
+                    "GPU is on, CPU included.",
                     (
                         Query(gauge("energylens_gpu_power_watts", "instance", "gpu", how="max"), _GPU),
                         Query(
                             gauge("energylens_gpu_power_limit_watts", "instance", "gpu", how="max"), f"limit: {_GPU}"
                         ),
+                        Query(rate("energylens_gpu_module_energy_joules_total", "instance", "gpu"), f"module: {_GPU}"),
                     ),
                 ),
                 Panel(
@@ -668,15 +677,7 @@ PARALLELISM = Dashboard(
                     "celsius",
                     "Temperature of each GPU.",
                     (Query(gauge("energylens_gpu_temperature_celsius", "instance", "gpu", how="max"), _GPU),),
-                    width=12,
-                ),
-                Panel(
-                    "Power of superchips",
-                    "timeseries",
-                    "watt",
-                    "On a superchip, measured power of the module that the GPU is on, CPU included. Empty elsewhere.",
-                    (Query(rate("energylens_gpu_module_energy_joules_total", "instance", "gpu"), _GPU),),
-                    width=12,
+                    width=24,
                 ),
             ),
         ),
@@ -782,6 +783,7 @@ FLEET = Dashboard(
                     "short",
                     "Requests that wait in each replica.",
                     (Query(gauge("vllm:num_requests_waiting", "instance", "engine"), _ENGINE),),
+                    axis_to=1,
                 ),
                 Panel(
                     "Time to first token, 95 %",

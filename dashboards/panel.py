@@ -42,6 +42,7 @@ class Panel:
     stacked: bool = False
     over_range: bool = False  #: a stat of the whole time range: its query is evaluated once, at the end
     zero_based: bool = True
+    axis_to: float | None = None  #: the axis reaches this far even if values do not, as where all are 0
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -203,6 +204,8 @@ def _defaults(panel: Panel) -> dict[str, Any]:
             "spanNulls": False,
             "stacking": {"group": "A", "mode": "normal" if panel.stacked else "none"},
         }
+        if panel.axis_to is not None:
+            defaults["custom"]["axisSoftMax"] = panel.axis_to
     return defaults
 
 

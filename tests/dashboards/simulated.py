@@ -141,7 +141,10 @@ class _Vllm:
     """vLLM's own metrics, as far as the dashboards use them."""
 
     def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
-        labels, bounds = ("model_name", "engine"), [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+        labels, bounds = (
+            ("model_name", "engine"),
+            [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0],
+        )
 
         def child(kind: type, name: str, *more: str, **options: object) -> object:
             return kind(f"vllm:{name}", name, (*labels, *more), registry=registry, **options).labels(
