@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "time, energy and power of one engine step",
     "explore": "find the deployments that serve a load with least energy",
     "compare": "what another fusion of a network saves",
+    "simulate": "try routing policies on a trace: joules, latencies and attainment of a fleet",
     "replay": "predict recorded steps and score them against what was measured",
     "monitor": "start Prometheus with the energy rules beside a running vLLM",
     "doctor": "check vLLM, the plugin, the GPUs and the settings of this machine",
