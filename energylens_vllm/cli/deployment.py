@@ -21,6 +21,8 @@ _FLAGS: dict[str, tuple[dict[str, object], str]] = {
     "max_num_seqs": ({"type": int, "metavar": "N"}, "most requests of a step"),
     "enforce_eager": ({"action": "store_true"}, "without CUDA graphs"),
     "expert_routing": ({"metavar": "HOW"}, "uniform, zipf:ALPHA, collapsed, or the path of a file of counts"),
+    "enable_eplb": ({"action": "store_true"}, "experts placed by their load (needs -ep)"),
+    "num_redundant_experts": ({"type": int, "metavar": "N"}, "copies of the most wanted experts, with --enable-eplb"),
     "vllm_release": ({"metavar": "X.Y.Z"}, "release of vLLM (default: the one that the profile was measured with)"),
     "async_scheduling": (
         {"action": argparse.BooleanOptionalAction},

@@ -29,7 +29,8 @@ class Deployment:
 
     `gpu` is a profile's name ("H200-SXM") or the path of a profile's JSON. `power_limit_w` None means the profile's;
     `vllm_release` ("0.25.1") None means the one that the profile was measured with, and `async_scheduling` None what is
-    that release's default. `expert_routing`: how tokens spread over experts, see `Routing.parse`.
+    that release's default. `expert_routing`: how tokens spread over experts, see `Routing.parse`;
+    `enable_eplb`, with `num_redundant_experts` copies (of vLLM's `--eplb-config`), places experts by their load.
     Raises EnergyLensError naming the field, the value and what is accepted.
     """
 
@@ -47,6 +48,8 @@ class Deployment:
     async_scheduling: bool | None = None
     vllm_release: str | None = None
     expert_routing: str = "uniform"
+    enable_eplb: bool = False
+    num_redundant_experts: int = 0
     cudagraph_capture_sizes: Sequence[int] | None = None
     power_limit_w: float | None = None
 
@@ -66,6 +69,13 @@ class Deployment:
             raise EnergyLensError(f"power_limit_w: {self.power_limit_w!r} is not a positive number of watts")
         if self.vllm_release is not None and not re.match(r"\d+\.\d+", self.vllm_release):
             raise EnergyLensError(f"vllm_release: {self.vllm_release!r} is not a release such as '0.25.1'")
+        copies = self.num_redundant_experts
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 0:
+            raise EnergyLensError(f"num_redundant_experts: {copies!r} is not a whole number of at least 0")
+        if copies and not self.enable_eplb:
+            raise EnergyLensError(f"num_redundant_experts: {copies} needs enable_eplb")
+        if self.enable_eplb and not self.enable_expert_parallel:
+            raise EnergyLensError("enable_eplb: needs enable_expert_parallel")
         sizes = self.cudagraph_capture_sizes
         if sizes is not None:
             if any(not isinstance(size, int) or size < 1 for size in sizes):
@@ -81,7 +91,10 @@ class Deployment:
     def mesh(self) -> Mesh:
         """Parallel degrees; expert parallelism spans tensor and data parallel ranks, as in vLLM."""
         tp, dp = self.tensor_parallel_size, self.data_parallel_size
-        return Mesh(tp=tp, pp=self.pipeline_parallel_size, dp=dp, ep=tp * dp if self.enable_expert_parallel else 1)
+        ep = tp * dp if self.enable_expert_parallel else 1
+        return Mesh(
+            tp=tp, pp=self.pipeline_parallel_size, dp=dp, ep=ep, redundant_experts=self.num_redundant_experts
+        )  # fmt: skip
 
     @property
     def capture_sizes(self) -> tuple[int, ...]:

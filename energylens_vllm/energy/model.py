@@ -255,8 +255,10 @@ class EnergyModel:
         shape = kernel.experts
         assert shape is not None
         form = kernel_format(format_of(self.quantization), kernel)
-        table = _load_table(shape, form, self.profile.small_expert_tiles, self.deployment.expert_routing)
-        return table(tokens * self.deployment.data_parallel_size)
+        deployment = self.deployment
+        copies = deployment.num_redundant_experts if deployment.enable_eplb else None
+        table = _load_table(shape, form, self.profile.small_expert_tiles, deployment.expert_routing, copies)
+        return table(tokens * deployment.data_parallel_size)
 
     def _gpu_step(self, overlap: Overlap | DualBatch | None, *arguments: Any) -> GpuStep:
         if overlap is None:
@@ -271,10 +273,13 @@ class EnergyModel:
 
 
 @cache
-def _load_table(shape: ExpertShape, form: str, small_tiles: bool, routing: str) -> LoadTable:
+def _load_table(shape: ExpertShape, form: str, small_tiles: bool, routing: str, copies: int | None) -> LoadTable:
+    """`copies`: redundant experts of a balanced placement, which `shape.total` counts; None: experts in order."""
+    chances = Routing.parse(routing, shape.total - (copies or 0), shape.selected)
+    ranks = round(shape.total / shape.local)
     return LoadTable.build(
-        Routing.parse(routing, shape.total, shape.selected),
-        Placement.linear(shape.total, round(shape.total / shape.local)),
+        chances,
+        Placement.linear(shape.total, ranks) if copies is None else Placement.balanced(chances, ranks, copies),
         lambda tokens: expert_tile_rows(small_tiles, form, tokens, shape.local),
     )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from energylens_vllm.energy import Deployment, EnergyModel, StepPrediction
+from energylens_vllm.errors import EnergyLensError
 
 
 def step(
@@ -43,6 +45,36 @@ def test_waiting_that_the_host_hides_is_no_waste() -> None:
     )
     assert even.time_s == uneven.time_s
     assert uneven.waste_j == 0
+
+
+def test_balancing_lowers_waste_and_copies_have_their_price() -> None:
+    def balanced(**given: Any) -> StepPrediction:
+        deployment = Deployment(
+            gpu="H200-SXM", tensor_parallel_size=8, enable_expert_parallel=True, expert_routing="zipf:1.0", **given
+        )
+        return EnergyModel("qwen3-235b-a22b", deployment).step([(1, 500)] * 512)
+
+    plain, placed = balanced(), balanced(enable_eplb=True)
+    copied = balanced(enable_eplb=True, num_redundant_experts=32)
+    assert plain.waste_j > placed.waste_j > copied.waste_j
+    assert plain.time_s > placed.time_s
+    assert plain.energy_j > placed.energy_j
+    # All experts are awake in such a step, and copies are weights to read like others: more than balance spares.
+    assert copied.components["weights"] > 1.05 * placed.components["weights"]
+    assert copied.energy_j > plain.energy_j
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"num_redundant_experts": -1}, "num_redundant_experts: -1"),
+        ({"num_redundant_experts": 8}, "needs enable_eplb"),
+        ({"enable_eplb": True}, "enable_eplb: needs enable_expert_parallel"),
+    ],
+)
+def test_balancing_that_is_none_is_refused(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(EnergyLensError, match=problem):
+        Deployment(**given)
 
 
 def test_data_parallel_ranks_all_wait() -> None:
