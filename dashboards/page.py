@@ -37,6 +37,17 @@ or replace the argument by a URL. Alerts are explained in [runbook.md](runbook.m
 - Emissions and cost take the carbon intensity, the price and the PUE from the boxes at the top. They are of GPUs only.
 - A panel without data says "No traffic". A ratio is left out, not 0, where there is nothing to divide by.
 - A counter moves when the engine reports: each 2 s while it is busy (setting `report_interval_s`).
+
+## Previews
+
+Drawn by `tools/previews/render.sh` with Grafana's own components over two recorded runs of an H200. They are no
+screenshots of Grafana, whose frame, tables and heatmaps look otherwise; vLLM's latencies in them are step durations of
+the recordings.
+
+| | |
+| --- | --- |
+| ![Overview](previews/overview.png) | ![Accuracy](previews/accuracy.png) |
+| ![Experts and parallelism](previews/parallelism.png) | ![Fleet](previews/fleet.png) |
 """
 
 

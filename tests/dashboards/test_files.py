@@ -221,7 +221,7 @@ def test_dashboards_have_variables_and_lead_to_each_other() -> None:
         assert link["includeVars"]
         assert link["keepTime"]
         latency = {name for panel in panels(path) for name in re.findall(r"vllm:\w+_seconds", panel["description"])}
-        assert latency or path.stem == "energylens-parallelism"
+        assert latency
 
 
 def test_alerts_have_a_runbook() -> None:
