@@ -1,6 +1,6 @@
 """What a routing decision costs: `rank` over 2 to 256 replicas, the best of many batches, in microseconds.
 
-    python benchmarks/routing_speed.py
+python benchmarks/routing_speed.py
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ from energylens_vllm.routing.simulate import Outcome, simulate
 from energylens_vllm.routing.table import StepTable
 from energylens_vllm.routing.trace import COLUMNS, at_load, read_arrivals
 
+#: Tokens of a request over which its whole blocks of cache, and layers that keep a window only, are averaged.
+TYPICAL_TOKENS = 4096.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser, "--model")
@@ -87,7 +90,7 @@ def replica_table(model: EnergyModel, utilization: float = 0.92) -> StepTable:
     memory = Memory.of(model, utilization)
     tokens = min(
         float(memory.cache_bytes(stage, deployment.max_num_batched_tokens, deployment.max_num_seqs))
-        / float(stage.request_bytes(1.0))
+        / (float(stage.request_bytes(TYPICAL_TOKENS)) / TYPICAL_TOKENS)
         for stage in memory.stages
     )
     if tokens < 16:

@@ -10,7 +10,7 @@ import numpy as np
 
 from energylens_vllm.errors import unknown
 from energylens_vllm.routing.engine import Engine
-from energylens_vllm.routing.policy import Config, Request, Snapshots, rank
+from energylens_vllm.routing.policy import DEFAULT, Config, Request, Snapshots, rank
 from energylens_vllm.routing.table import StepTable
 from energylens_vllm.routing.trace import Arrival
 
@@ -117,7 +117,7 @@ def llm_d(setting: Setting) -> Choose:
 FIRST_GUESS = 200.0
 
 
-def energy(setting: Setting, config: Config = Config()) -> Choose:
+def energy(setting: Setting, config: Config = DEFAULT) -> Choose:
     """Ours: `rank` with live state, believed step tables, and the mean output of the requests that have ended."""
     engines = setting.engines
     snapshots = Snapshots.empty(setting.beliefs)

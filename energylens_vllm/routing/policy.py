@@ -31,6 +31,7 @@ from energylens_vllm.routing.table import CONTEXTS, StepTable
 FEASIBLE, UNKNOWN, INFEASIBLE, OUT = range(4)
 _STATES = ("feasible", "unknown", "infeasible", "out")
 _CONTEXTS = np.array(CONTEXTS)
+_INNER = _CONTEXTS[1:-1]  # the first and last cell also serve what lies outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Request:
 class Config:
     """Raises EnergyLensError for a value out of range."""
 
-    headroom: float = 0.15  #: part of each latency target that is kept free for what is not predicted
+    headroom: float = 0.25  #: part of each latency target that is kept free for what is not predicted
     kv_headroom: float = 0.10
     hysteresis: float = 0.03
     max_age_s: float = 5.0
@@ -78,6 +79,9 @@ class Config:
                 raise EnergyLensError(f"{name}: {getattr(self, name)!r}; accepted: 0 up to, not including, 1")
         if not self.max_age_s > 0:
             raise EnergyLensError(f"max_age_s: {self.max_age_s!r}; accepted: more than 0")
+
+
+DEFAULT = Config()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +105,19 @@ class Fleet:
         most = max((table.max_num_seqs for table in unique), default=1)
         self.known = np.array([table is not None for table in tables], dtype=bool)
         self.table = np.array([index.get(id(table), 0) for table in tables], dtype=np.int64)
-        # (tables, sequences, contexts, 2): marginal joules beside n; seconds of a step of n + 1
-        self.steps = np.zeros((max(len(unique), 1), most + 1, len(CONTEXTS), 2))
+        # Of cell (table, n, context): intercepts of marginal joules beside n and of seconds of a step of n + 1, and
+        # their slopes in the context, so that one look-up and one multiplication interpolate.
+        cells = np.zeros((max(len(unique), 1), most + 1, len(CONTEXTS) - 1, 4))
         for i, table in enumerate(unique):
             n = np.minimum(np.arange(most + 1), table.max_num_seqs)
-            self.steps[i, ..., 0] = table.marginal_j[n]
             # Never faster with more: padding and kernels' choices may say so for a few sizes.
             slower = np.maximum.accumulate(table.decode_s, axis=0)
-            self.steps[i, ..., 1] = slower[np.minimum(n + 1, table.max_num_seqs)]
+            for k, values in enumerate((table.marginal_j[n], slower[np.minimum(n + 1, table.max_num_seqs)])):
+                slope = np.diff(values, axis=1) / np.diff(_CONTEXTS)
+                cells[i, ..., k] = values[:, :-1] - slope * _CONTEXTS[:-1]
+                cells[i, ..., k + 2] = slope
+        self.cells = cells.reshape(-1, 4)
+        self.first_cell = self.table * ((most + 1) * (len(CONTEXTS) - 1))
 
         def column(name: str) -> Array:
             return np.array([np.nan if table is None else getattr(table, name) for table in tables], dtype=np.float64)
@@ -116,6 +125,7 @@ class Fleet:
         self.max_num_seqs, self.kv_tokens = column("max_num_seqs"), column("kv_tokens")
         self.prefill_s, self.prefill_j = column("prefill_s_per_token"), column("prefill_j_per_token")
         self.most = most
+        self.all_known = bool(self.known.all())
 
     def __len__(self) -> int:
         return len(self.table)
@@ -164,14 +174,14 @@ class Snapshots:
 class Ranking(Sequence[Verdict]):
     """Verdicts, best first; each is made when it is looked at, so ranking many replicas costs arrays only."""
 
-    __slots__ = ("_request", "_snapshots", "damage", "fallback", "joules", "order", "state", "tpot_s", "ttft_s")
+    __slots__ = ("_request", "_snapshots", "fallback", "joules", "order", "state", "tpot_s", "ttft_s")
 
     def __init__(
         self, order: npt.NDArray[np.int64], state: npt.NDArray[np.int64], joules: Array, ttft_s: Array, tpot_s: Array,
-        damage: Array, fallback: bool, snapshots: Snapshots, request: Request,
+        fallback: bool, snapshots: Snapshots, request: Request,
     ) -> None:  # fmt: skip
         self.order, self.state, self.joules = order, state, joules
-        self.ttft_s, self.tpot_s, self.damage = ttft_s, tpot_s, damage
+        self.ttft_s, self.tpot_s = ttft_s, tpot_s
         self.fallback = fallback  #: nothing is known of any replica that may be chosen
         self._snapshots, self._request = snapshots, request
 
@@ -228,7 +238,7 @@ class Ranking(Sequence[Verdict]):
         return "misses " + (", ".join(missed) or "the room kept free in latency, sequences or KV cache")
 
 
-def rank(snapshots: Snapshots | Sequence[Snapshot], request: Request, config: Config = Config()) -> Ranking:
+def rank(snapshots: Snapshots | Sequence[Snapshot], request: Request, config: Config = DEFAULT) -> Ranking:
     """All replicas, best first. Pure: the same arguments give the same ranking, equal ones in order of replica.
 
     Raises EnergyLensError for counts that no request has.
@@ -247,44 +257,48 @@ def rank(snapshots: Snapshots | Sequence[Snapshot], request: Request, config: Co
         uncached = np.zeros(len(fleet))
     # NaN compares false, so what is not known is not taken for known.
     total = s.running + s.waiting_tokens + s.kv_tokens_used + s.mean_context + s.prefill_tokens_per_s
-    known = (s.age_s <= config.max_age_s) & (total >= 0) & fleet.known
-    everything = bool(known.all())
-    running = s.running if everything else np.where(known, s.running, 0.0)
-    # The batch's mean context with the request in it, half way through its output.
-    own = request.prompt_tokens + output / 2
-    context = (running * (s.mean_context if everything else np.where(known, s.mean_context, 0.0)) + own) / (running + 1)
-    at = np.minimum(_CONTEXTS.searchsorted(context, "right") - 1, len(CONTEXTS) - 2).clip(0)
-    part = ((context - _CONTEXTS[at]) / (_CONTEXTS[at + 1] - _CONTEXTS[at]))[:, None]
-    n = np.minimum(running, fleet.most).astype(np.int64)
-    low = fleet.steps[fleet.table, n, at]
-    step = low + part * (fleet.steps[fleet.table, n, at + 1] - low)
-    joules = uncached * fleet.prefill_j + output * step[:, 0]
-    # A step in which prompts are prefilled takes their time besides; the share of time that goes there delays decodes.
-    busy = np.minimum(s.prefill_tokens_per_s * fleet.prefill_s, 0.95)
-    tpot_s = step[:, 1] / (1 - busy)
-    ttft_s = (s.waiting_tokens + uncached) * fleet.prefill_s / (1 - busy) + 2 * step[:, 1]
-    kept = 1 - config.headroom
-    kv = (s.kv_tokens_used + s.waiting_tokens + request.prompt_tokens + output) / fleet.kv_tokens
-    over_ttft, over_tpot = ttft_s / (request.ttft_s * kept), tpot_s / (request.tpot_s * kept)
-    over_kv, over_seqs = kv / (1 - config.kv_headroom), (running + 1) / fleet.max_num_seqs
-    worst = np.maximum(np.maximum(over_ttft, over_tpot), np.maximum(over_kv, over_seqs))
-    state = np.where(worst <= 1, FEASIBLE, INFEASIBLE)
+    everything = fleet.all_known and len(fleet) > 0 and s.age_s.max() <= config.max_age_s and total.min() >= 0
+    running, mean_context = s.running, s.mean_context
     if not everything:
-        state = np.where(known, state, UNKNOWN)
-    usable = s.usable
-    if s.role is not None and request.phase != "both":
-        usable = usable & ((s.role == request.phase) | (s.role == "both"))
-    if not usable.all():
+        known = (s.age_s <= config.max_age_s) & (total >= 0) & fleet.known
+        running, mean_context = np.where(known, running, 0.0), np.where(known, mean_context, 0.0)
+    after = running + 1
+    # The batch's mean context with the request in it, half way through its output.
+    own = max(request.prompt_tokens + output / 2, 1.0)
+    context = (running * mean_context + own) / after
+    at = _INNER.searchsorted(context, "right")
+    n = np.minimum(running, fleet.most).astype(np.int64)
+    cell = fleet.cells.take(fleet.first_cell + n * (len(CONTEXTS) - 1) + at, axis=0).T
+    marginal_j, step_s = cell[0] + context * cell[2], cell[1] + context * cell[3]
+    joules = uncached * fleet.prefill_j + output * marginal_j
+    # A step in which prompts are prefilled takes their time besides; the share of time that goes there delays decodes.
+    left = np.maximum(1 - s.prefill_tokens_per_s * fleet.prefill_s, 0.05)
+    tpot_s = step_s / left
+    ttft_s = (s.waiting_tokens + uncached) * (fleet.prefill_s / left) + 2 * step_s
+    kept = 1 - config.headroom
+    over_ttft, over_tpot = ttft_s * (1 / (request.ttft_s * kept)), tpot_s * (1 / (request.tpot_s * kept))
+    over_seqs = after / fleet.max_num_seqs
+    held = s.kv_tokens_used + s.waiting_tokens + (request.prompt_tokens + output)
+    over_kv = held / (fleet.kv_tokens * (1 - config.kv_headroom))
+    worst = np.maximum(np.maximum(over_ttft, over_tpot), np.maximum(over_kv, over_seqs))
+    all_usable = bool(s.usable.all())
+    key, state = joules.copy(), np.where(worst <= 1, FEASIBLE, INFEASIBLE)
+    easy = everything and all_usable and (s.role is None or request.phase == "both") and not state.any()
+    if not easy:
+        usable = s.usable
+        if s.role is not None and request.phase != "both":
+            usable = usable & ((s.role == request.phase) | (s.role == "both"))
+        if not everything:
+            state = np.where(known, state, UNKNOWN)
         state = np.where(usable, state, OUT)
-    # Damage counts each who misses: the request itself, and by time per token those that run there.
-    damage = np.maximum(over_ttft - 1, 0) + (running + 1) * np.maximum(over_tpot - 1, 0)
-    damage += np.maximum(over_kv - 1, 0) + np.maximum(over_seqs - 1, 0)
-    key = np.where(state == FEASIBLE, joules, damage)
+        # Damage counts each who misses: the request itself, and by time per token those that run there.
+        damage = np.maximum(over_ttft - 1, 0) + after * np.maximum(over_tpot - 1, 0)
+        damage += np.maximum(over_kv - 1, 0) + np.maximum(over_seqs - 1, 0)
+        turns = (np.arange(len(key)) - request.turn) % max(len(key), 1)
+        key = np.where(state == FEASIBLE, joules, np.where(state == INFEASIBLE, damage, turns))
     previous = request.previous
     if 0 <= previous < len(key) and state[previous] == FEASIBLE:
         key[previous] *= 1 - config.hysteresis
-    if not everything:
-        key = np.where(state == UNKNOWN, (np.arange(len(key)) - request.turn) % len(key), key)
-    order = np.lexsort((key, state))
-    fallback = not bool((known & usable).any())
-    return Ranking(order, state, joules, ttft_s, tpot_s, damage, fallback, snapshots, request)
+    order = key.argsort(kind="stable") if easy else np.lexsort((key, state))
+    fallback = not easy and not bool((usable if everything else known & usable).any())
+    return Ranking(order, state, joules, ttft_s, tpot_s, fallback, snapshots, request)
