@@ -115,18 +115,23 @@ def llm_d(setting: Setting) -> Choose:
 
 #: Output tokens that are expected before any request has ended.
 FIRST_GUESS = 200.0
+#: Weight of each look at a replica's decode steps in what is learnt of its speed.
+LEARNING = 0.05
 
 
 def energy(setting: Setting, config: Config = DEFAULT) -> Choose:
-    """Ours: `rank` with live state, believed step tables, and the mean output of the requests that have ended."""
+    """Ours: `rank` with live state, believed step tables, the mean output of the requests that have ended, and
+    how long decode steps took over what was predicted for them."""
     engines = setting.engines
     snapshots = Snapshots.empty(setting.beliefs)
     previous, ended, tokens = -1, 1.0, FIRST_GUESS
     seen = [0] * len(engines)
     cached = np.zeros(len(engines))
+    readers = [belief.reader() for belief in setting.beliefs]
+    order, prompts = -1, 0.0
 
     def choose(arrival: Arrival, now: float) -> int:
-        nonlocal previous, ended, tokens
+        nonlocal previous, ended, tokens, order, prompts
         for i, engine in enumerate(engines):
             n = len(engine.members)
             snapshots.running[i] = _held(engine)
@@ -139,12 +144,23 @@ def energy(setting: Setting, config: Config = DEFAULT) -> Choose:
             for job in engine.finished[seen[i] :]:
                 ended, tokens = ended + 1, tokens + job.arrival.output_tokens
             seen[i] = len(engine.finished)
+            if engine.event is not None and n and not engine.chunks:  # what the plugin measures of a step
+                ratio = engine.event[3] / readers[i].decode(n, engine.context / n + engine.count)[0]
+                snapshots.time_factor[i] += LEARNING * (ratio - snapshots.time_factor[i])
+        prompts += arrival.prompt_tokens - (cached.max() if arrival.prefix else 0.0)
         request = Request(
-            arrival.prompt_tokens, tokens / ended, cached, setting.ttft_s, setting.tpot_s, previous=previous
+            arrival.prompt_tokens,
+            tokens / ended,
+            cached,
+            setting.ttft_s,
+            setting.tpot_s,
+            typical_prompt_tokens=prompts / (order + 2),
+            previous=previous,
         )
-        chosen = rank(snapshots, request, config).best
+        ranking = rank(snapshots, request, config)
+        chosen = ranking.best
         assert chosen is not None
-        previous = chosen
+        previous, order = chosen, order + 1
         return chosen
 
     return choose

@@ -44,6 +44,7 @@ class Snapshot:
     kv_tokens_used: float | None
     mean_context: float | None = None  #: of running sequences, tokens
     prefill_tokens_per_s: float = 0.0  #: lately: steps with prefill delay those that decode
+    time_factor: float = 1.0  #: measured over predicted time of steps lately
     age_s: float = 0.0
     healthy: bool = True
     powered: bool = True
@@ -60,6 +61,7 @@ class Request:
     ttft_s: float = float("inf")
     tpot_s: float = float("inf")
     phase: str = "both"  #: "prefill", "decode" or "both"
+    typical_prompt_tokens: float | None = None  #: mean of requests lately, not cached; None: as this one's
     previous: int = -1  #: replica chosen last (hysteresis), -1 none
     turn: int = 0  #: a counter, so that replicas of which nothing is known take turns
 
@@ -68,7 +70,7 @@ class Request:
 class Config:
     """Raises EnergyLensError for a value out of range."""
 
-    headroom: float = 0.25  #: part of each latency target that is kept free for what is not predicted
+    headroom: float = 0.40  #: part of each latency target that is kept free for what is not predicted
     kv_headroom: float = 0.10
     hysteresis: float = 0.03
     max_age_s: float = 5.0
@@ -142,6 +144,7 @@ class Snapshots:
     kv_tokens_used: Array
     mean_context: Array
     prefill_tokens_per_s: Array
+    time_factor: Array
     age_s: Array
     usable: npt.NDArray[np.bool_]  #: healthy, powered, not draining
     role: npt.NDArray[np.str_] | None = None  #: None: all do both
@@ -151,7 +154,7 @@ class Snapshots:
         """Replicas that run nothing, as of now."""
         count = len(tables)
         a, b, c, d, e, f = (np.zeros(count) for _ in range(6))
-        return cls(Fleet(tables), a, b, c, d, e, f, np.ones(count, dtype=bool))
+        return cls(Fleet(tables), a, b, c, d, e, np.ones(count), f, np.ones(count, dtype=bool))
 
     @classmethod
     def of(cls, snapshots: Sequence[Snapshot]) -> Snapshots:
@@ -165,7 +168,8 @@ class Snapshots:
         derived = np.divide(used, running, out=np.zeros(len(running)), where=running > 0)
         return cls(
             Fleet([each.table for each in snapshots]), running, column("waiting_tokens"), used,
-            np.where(np.isnan(context), derived, context), column("prefill_tokens_per_s"), column("age_s"),
+            np.where(np.isnan(context), derived, context), column("prefill_tokens_per_s"), column("time_factor"),
+            column("age_s"),
             np.array([each.healthy and each.powered for each in snapshots], dtype=bool),
             np.array([each.role for each in snapshots]) if any(each.role != "both" for each in snapshots) else None,
         )  # fmt: skip
@@ -256,7 +260,7 @@ def rank(snapshots: Snapshots | Sequence[Snapshot], request: Request, config: Co
     if request.phase == "decode":
         uncached = np.zeros(len(fleet))
     # NaN compares false, so what is not known is not taken for known.
-    total = s.running + s.waiting_tokens + s.kv_tokens_used + s.mean_context + s.prefill_tokens_per_s
+    total = s.running + s.waiting_tokens + s.kv_tokens_used + s.mean_context + s.prefill_tokens_per_s * s.time_factor
     everything = fleet.all_known and len(fleet) > 0 and s.age_s.max() <= config.max_age_s and total.min() >= 0
     running, mean_context = s.running, s.mean_context
     if not everything:
@@ -272,8 +276,12 @@ def rank(snapshots: Snapshots | Sequence[Snapshot], request: Request, config: Co
     marginal_j, step_s = cell[0] + context * cell[2], cell[1] + context * cell[3]
     joules = uncached * fleet.prefill_j + output * marginal_j
     # A step in which prompts are prefilled takes their time besides; the share of time that goes there delays decodes.
-    left = np.maximum(1 - s.prefill_tokens_per_s * fleet.prefill_s, 0.05)
+    left = np.maximum(1 - s.prefill_tokens_per_s * fleet.prefill_s, 0.05) / s.time_factor
     tpot_s = step_s / left
+    if output > 0:
+        # A batch that stays as large gets a prompt for each request that ends. Lately it may have been small.
+        typical = request.prompt_tokens if request.typical_prompt_tokens is None else request.typical_prompt_tokens
+        tpot_s = np.maximum(tpot_s, (step_s + after * (typical / output) * fleet.prefill_s) * s.time_factor)
     ttft_s = (s.waiting_tokens + uncached) * (fleet.prefill_s / left) + 2 * step_s
     kept = 1 - config.headroom
     over_ttft, over_tpot = ttft_s * (1 / (request.ttft_s * kept)), tpot_s * (1 / (request.tpot_s * kept))
