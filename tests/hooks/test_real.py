@@ -48,7 +48,8 @@ def test_tokens_and_joules(name: str, tiny_model: Path, tmp_path: Path) -> None:
     prompts = sum(float(value) for value in re.findall(r"^vllm:prompt_tokens_total{.*} (\S+)$", theirs, re.M))
     assert prompts == 2 * sum(LENGTHS)
     assert total(shown, "tokens_total{.*prefill") + total(shown, "cached_tokens_total") == prompts
-    assert total(shown, "cached_tokens_total") > 0  # each prompt came twice
+    if name != "data parallel":  # each prompt came twice, but there perhaps to different engines
+        assert total(shown, "cached_tokens_total") > 0
     if name != "ngram":
         assert total(shown, "tokens_total{.*decode") == needed
     joules = total(shown, "predicted_energy_joules_total")
