@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,9 @@ def serving(model: Path, folder: Path, port: int, *arguments: str, **environment
     """`vllm serve` with `arguments`, until the end of the block."""
     command = ["vllm", "serve", str(model), "--served-model-name=tiny", "--load-format=dummy", "--enforce-eager"]
     command += ["--gpu-memory-utilization=0.08", "--max-model-len=1024", "--host=127.0.0.1", f"--port={port}"]
+    with socket.socket() as ours:  # or another server would answer in its place
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ours.bind(("127.0.0.1", port))
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
