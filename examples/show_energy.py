@@ -138,7 +138,7 @@ def main(url: str = "http://127.0.0.1:8000", pid: str | None = None) -> None:
 
     if not split(gained, "energylens_predicted_energy_joules_total", "phase"):
         sys.exit("no step was predicted: the server's messages say why")
-    profile = next(dict(labels) for name, labels in before if name == "energylens_profile_info")
+    profile = next(dict(labels) for name, labels in scrape(url) if name == "energylens_profile_info")
     print(show(gained, profile))
     print(f"\nFrom {url}/metrics:\n")
     lines = call(f"{url}/metrics").splitlines()

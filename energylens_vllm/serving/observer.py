@@ -92,7 +92,7 @@ class StepObserver:
         self._ended: deque[tuple[Any, float, float]] = deque(maxlen=MAX_UNREPORTED)
         self._num_ended = self._num_taken = 0
         self._reported_dummy_steps = 0
-        self._next_report_s = clock() + report_interval_s
+        self._next_report_s = clock()  # what is predicted for shall be known before the first step
         self._reporting = threading.Lock()
 
     def scheduled(self, key: object, work: Any, start_s: float) -> None:
