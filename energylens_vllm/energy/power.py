@@ -20,8 +20,8 @@ import numpy as np
 
 from energylens_vllm.energy.batch import Array
 
-#: Lowest relative clock considered: 0.25 of 1980 MHz is below what any limit of 200 W or more asks for.
-LOWEST_CLOCK = 0.25
+#: Lowest relative clock considered: a Hopper's SMs do not run slower than 210 of 1980 MHz.
+LOWEST_CLOCK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def _limited_clock(power: Power, time_s: Array, clocked_s: Array, fixed_j: Array
 
     low, high = np.full_like(time_s, LOWEST_CLOCK), np.ones_like(time_s)
     below, above = excess_j(low), excess_j(high)
-    for _ in range(5):
+    for _ in range(7):
         middle = (low + high) / 2
         excess = excess_j(middle)
         over = excess > 0

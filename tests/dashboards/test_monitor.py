@@ -77,7 +77,7 @@ def test_it_scrapes_with_the_rules_and_stops_when_told(
         assert groups == {"energylens-recording", "energylens-alerts"}
     finally:
         process.send_signal(stop)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert (tmp_path / "kept").is_dir()

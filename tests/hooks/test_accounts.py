@@ -102,7 +102,8 @@ def test_the_gpu_is_measured_and_compared(result: Result) -> None:
     assert windows >= 2
     measured = metrics["energylens_compared_energy_joules_total measured"]
     predicted = metrics["energylens_compared_energy_joules_total predicted"]
-    assert measured == pytest.approx(120 * 5.1 * windows, rel=0.1)
+    # A window ends at the first reading after 5 s, which on a busy machine may be late.
+    assert 120 * 5.0 * windows * 0.98 < measured < 120 * 7.5 * windows
     # The made-up steps take 4 ms at idle power and a little; the rest of the time is idle, which is 100 to 130 W.
     assert predicted == pytest.approx(measured, rel=0.25)
     assert metrics["energylens_bias_ratio"] == pytest.approx(predicted / measured - 1)
