@@ -1,7 +1,7 @@
 """Make the GPU profiles: constants, times of single kernels, then energy and the rest from whole steps.
 
     python benchmarks/fit_operations.py DATA/aiconfigurator --json OPERATIONS     # once; needs pandas and pyarrow
-    python benchmarks/fit_profiles.py DATA OPERATIONS [--gpu NAME]                # writes hardware/profiles/*.json
+    python benchmarks/fit_profiles.py DATA OPERATIONS                             # writes hardware/profiles/*.json
     python benchmarks/accuracy.py DATA OPERATIONS                                 # the errors, fitted and held out
 
 Three sources, each the prior of the next: data sheets and cited constants; kernel times that fit_operations.py fitted;
