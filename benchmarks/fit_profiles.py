@@ -5,9 +5,10 @@
     python benchmarks/accuracy.py DATA OPERATIONS                                 # the errors, fitted and held out
 
 Three sources, each the prior of the next: data sheets and cited constants; kernel times that fit_operations.py fitted;
-measured steps. H200-SXM and H100-SXM are fitted on recordings of vLLM 0.25.1 (RUNS); H100-SXM, together with them, and
-B200-SXM on steady serving runs of the ML.ENERGY Benchmark v3 (vLLM 0.11.1), DATA/mlenergy_v3/calibration.csv, which is
-not part of this repository. A100-SXM-80GB and L40S have no measured steps: their energy is cited or scaled, and wide.
+measured steps. H200-SXM is fitted on recordings of vLLM 0.25.1 (RUNS). H100-SXM and B200-SXM are fitted on steady
+serving runs of the ML.ENERGY Benchmark v3 (vLLM 0.11.1), DATA/mlenergy_v3/calibration.csv, which is not part of this
+repository; recordings of 0.25.1 on an H100 give what its profile has for releases nearer to that. A100-SXM-80GB and
+L40S have no measured steps: their energy is cited or scaled, and wide.
 """
 
 from __future__ import annotations
