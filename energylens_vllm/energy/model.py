@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from energylens_vllm.einsum.kernel import ExpertShape, Mask
 from energylens_vllm.energy.batch import Array, Steps, steps_from_requests
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.deployment import Deployment
+from energylens_vllm.energy.factors import Factors
 from energylens_vllm.energy.interval import Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
 from energylens_vllm.energy.overlap import OVERLAP_STD, DualBatch, DualBatchStep, Overlap, StagedStep
@@ -131,6 +133,15 @@ class EnergyModel:
         if overlap is not None:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
         self.flags = self._uncertainty.flags
+        self.factors = Factors()  #: on what the profile says of this very GPU
+
+    def with_factors(self, factors: Factors) -> EnergyModel:
+        """The same model with other factors; what is compiled is shared, so it costs microseconds."""
+        other = copy.copy(self)
+        other.factors = factors
+        changed = {stage: stage.with_factors(factors) for stage in dict.fromkeys(self._stages)}
+        other._stages = [changed[stage] for stage in self._stages]
+        return other
 
     def predict(self, steps: Steps) -> Predictions:
         """N steps of one data-parallel rank. With pipeline parallelism the pipeline is taken to be full: a step ends
@@ -204,7 +215,7 @@ class EnergyModel:
     @property
     def idle_power_w(self) -> float:
         """Power of all GPUs of the deployment while an engine waits for requests."""
-        return self.profile["power.static_w"] * self.deployment.num_gpus
+        return self.profile["power.static_w"] * self.factors.static * self.deployment.num_gpus
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

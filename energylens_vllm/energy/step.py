@@ -6,8 +6,9 @@ once for each different number of tokens; attention is evaluated for each step. 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from energylens_vllm.einsum.kernel import Kernel, Mask, Terms
 from energylens_vllm.energy import kernel_time
 from energylens_vllm.energy.batch import Array, Attention, Integers, Steps
+from energylens_vllm.energy.factors import Factors
 from energylens_vllm.energy.power import Power, operate
 from energylens_vllm.energy.precision import Format, kernel_format
 from energylens_vllm.energy.routing_load import RankLoads
@@ -132,6 +134,19 @@ class GpuStep:
             voltage_floor=profile["power.voltage_floor"],
             limit_w=(power_limit_w or profile["power.limit_w"]) * profile["power.limit_share"],
         )
+        self.factors = Factors()
+
+    def with_factors(self, factors: Factors) -> GpuStep:
+        """The same GPU with other factors than now on what the profile says."""
+        other, now = copy.copy(self), self.factors
+        other.factors = factors
+        other.power = replace(
+            self.power,
+            static_w=self.power.static_w * factors.static / now.static,
+            floor_w=self.power.floor_w * factors.static / now.static,
+            limit_w=self.power.limit_w * factors.limit / now.limit,
+        )
+        return other
 
     def padded(self, tokens: Array) -> Array:
         """Tokens that kernels see: the next CUDA-graph size, or the tokens themselves beyond the largest."""
@@ -146,6 +161,8 @@ class GpuStep:
         p = self.profile
         prefill_tokens = steps.tokens - steps.decode_tokens
         work, prefill_j = self._work(steps)
+        if not self.factors.is_neutral():
+            prefill_j = self._apply_factors(work, prefill_j)
         on_chip = p["energy.memory_core_share"]
         memory_j, core_j = _sum(work.memory_j, work.time_s), _sum(work.core_j, work.time_s)
         at = operate(self.power, work.time_s, work.clocked_s, (1 - on_chip) * memory_j, on_chip * memory_j + core_j)
@@ -156,8 +173,7 @@ class GpuStep:
 
         host_s = self._host_s(steps, prefill_tokens)
         # A phase's part: its tokens' share of what all tokens share, and its own attention.
-        total_j = memory_j + core_j
-        own_j = work.memory_j.get("kv_cache", 0.0) + work.core_j.get("attention", 0.0)
+        total_j, own_j = memory_j + core_j, _own_j(work)
         shared = np.divide(prefill_tokens, steps.tokens, out=np.zeros_like(total_j), where=steps.tokens > 0)
         prefill_share = (shared * (total_j - own_j) + prefill_j) / np.maximum(total_j, 1e-30)
         return Evaluated(
@@ -171,6 +187,17 @@ class GpuStep:
             communication_s=work.communication_s,
             waiting_s=work.waiting_s,
         )
+
+    def _apply_factors(self, work: Work, prefill_j: Array) -> Array:
+        """Multiply `work`'s joules by the factors; returns the joules of prefill's attention, which keep their part."""
+        factors, before_j = self.factors, _own_j(work)
+        for name in work.memory_j:
+            work.memory_j[name] = work.memory_j[name] * (
+                factors.communication if name == "communication" else factors.memory
+            )
+        for name in work.core_j:
+            work.core_j[name] = work.core_j[name] * factors.compute
+        return np.divide(prefill_j * _own_j(work), before_j, out=np.zeros_like(prefill_j), where=before_j > 0)
 
     def _work(self, steps: Steps) -> tuple[Work, Array]:
         """All kernels' seconds and joules at the top clock, and the joules of prefill's attention."""
@@ -362,6 +389,12 @@ def _is_sampled(kernel: Kernel) -> bool:
     if kernel.gemm is not None:
         return kernel.gemm.rows == "sampled"
     return kernel.activation_bytes.sampled > 0 and kernel.activation_bytes.tokens == 0
+
+
+def _own_j(work: Work) -> Array:
+    """Joules that belong to single requests: their attention and their cache."""
+    joules: Array = work.memory_j.get("kv_cache", 0.0) + work.core_j.get("attention", np.zeros_like(work.time_s))
+    return joules
 
 
 def _sum(parts: dict[str, Array], like: Array) -> Array:
