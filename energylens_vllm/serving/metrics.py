@@ -7,13 +7,9 @@ the values of a label are known beforehand they stand here, so that each series 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
-
 from energylens_vllm.meter.gpu import THROTTLE_REASONS
 from energylens_vllm.meter.track import FAULTS
+from energylens_vllm.metric import Metric as Metric
 
 COMMON_LABELS = ("model_name", "engine")
 MAX_SERIES_PER_ENGINE = 300
@@ -47,33 +43,6 @@ FLAGS = (
 #: where the plugin can fail without harm to serving
 PLACES = ("start", "schedule", "update", "read", "predict", "listen", "report", "export")
 PREDICTOR_STATES = ("ready", "model_unknown", "failed")
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One exported metric. `labels` maps each further label to its values, or to () where they are not known yet."""
-
-    name: str
-    type: Literal["counter", "gauge", "histogram"]
-    unit: str  #: as in the name: joules, seconds, tokens, ...; "" for a ratio or an info metric
-    help: str
-    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    buckets: tuple[float, ...] = ()  #: upper bounds of a histogram, +Inf left out
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Its labels without the common ones, in the order in which values are given."""
-        return tuple(name for name, _ in self.labels)
-
-    def known_label_values(self) -> Iterator[tuple[str, ...]]:
-        """Each combination of label values that is known beforehand; none if one label's values are not."""
-        return itertools.product(*(values for _, values in self.labels))
-
-    @property
-    def series(self) -> int:
-        """Time series an engine has of it from the start (a histogram has one a bucket, +Inf, _sum and _count)."""
-        combinations = sum(1 for _ in self.known_label_values())
-        return combinations * (len(self.buckets) + 3 if self.type == "histogram" else 1)
 
 
 def _decades(low: int, high: int) -> tuple[float, ...]:
