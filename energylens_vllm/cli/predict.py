@@ -169,6 +169,7 @@ def as_json(step: StepPrediction) -> dict[str, object]:
         "components_j": dict(step.components),
         "phases_j": dict(step.phases),
         "waste_j": step.waste_j,
+        "padding_j": step.padding_j,
         "flags": sorted(step.flags),
     }
 
@@ -184,6 +185,14 @@ def as_text(step: StepPrediction, tokens: int) -> str:
                 ["energy", quantity(step.energy_j, "J"), f"{low_j} .. {high_j}"],
                 ["energy per token", quantity(step.energy_j / tokens, "J"), ""],
                 ["power", quantity(step.power_w, "W"), ""],
+                *(
+                    [what, quantity(energy_j, "J"), ""]
+                    for what, energy_j in (
+                        ("waste: waiting for the hottest experts", step.waste_j),
+                        ("waste: rows that fill experts' tiles up", step.padding_j),
+                    )
+                    if energy_j
+                ),
             ],
         ),
         *(

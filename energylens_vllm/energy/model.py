@@ -44,7 +44,9 @@ class Predictions:
     than sure.
     """
 
-    time_s: Array
+    time_s: Array  #: the larger of the next two
+    gpu_s: Array
+    host_s: Array  #: to prepare and launch, while the GPU runs the step before where scheduling is asynchronous
     energy_j: Array
     components: Mapping[str, Array]
     phases: Mapping[str, Array]
@@ -56,6 +58,7 @@ class Predictions:
     communication_s: Array  #: part of `time_s` in collectives
     waiting_s: Array  #: part of `time_s` in which the mean GPU waits for the one with the hottest experts
     waste_j: Array  #: part of `energy_j`: static power in as much of that time as makes the step longer
+    padding_j: Array  #: part of `energy_j`: arithmetic on rows that only fill experts' tiles up
     flags: frozenset[str]
 
 
@@ -73,6 +76,8 @@ class StepPrediction:
     flags: frozenset[str]
     #: part of the static energy that imbalance costs: burnt while waiting for the GPU with the hottest experts
     waste_j: float = 0.0
+    #: part of the experts' energy: arithmetic on rows that only fill tiles up
+    padding_j: float = 0.0
 
     @property
     def power_w(self) -> float:
@@ -174,6 +179,7 @@ class EnergyModel:
             interval_j=(one(rank.low_j), one(rank.high_j)),
             flags=rank.flags,
             waste_j=one(rank.waste_j),
+            padding_j=one(rank.padding_j),
         )
 
     def serving(
@@ -247,6 +253,8 @@ class EnergyModel:
         relative_s, relative_j = self._uncertainty.relative(steps, communication_s / np.maximum(time_s, 1e-12))
         return Predictions(
             time_s=time_s,
+            gpu_s=gpu_s + stages[0].serial_s,
+            host_s=host_s + stages[0].serial_s,
             energy_j=energy_j,
             components=components,
             phases={"prefill": prefill, "decode": energy_j - prefill},
@@ -258,6 +266,7 @@ class EnergyModel:
             communication_s=communication_s,
             waiting_s=waiting_s,
             waste_j=tensor_ranks * np.sum([stage.static_w for stage in stages], axis=0) * longer_s,
+            padding_j=tensor_ranks * np.sum([stage.padding_j for stage in stages], axis=0),
             flags=self.flags,
         )
 

@@ -171,6 +171,7 @@ class StagedStep(GpuStep):
         work.add(count, Timed(time_s, clocked_s))
         work.communication_s = work.communication_s + count * (time_s - stages * part.time_s)
         work.waiting_s = work.waiting_s + count * stages * part.waiting_s
+        work.padding_j = work.padding_j + count * stages * part.padding_j
         for into, joules in ((work.memory_j, part.memory_j), (work.core_j, part.core_j)):
             for name, value in joules.items():
                 work.spend(into, name, count * stages * value)
@@ -206,6 +207,7 @@ class DualBatchStep(GpuStep):
         merged.clocked_s = np.where(in_turns, clocked_s, whole.clocked_s)
         merged.communication_s = np.where(in_turns, time_s - 2 * computed.time_s, whole.communication_s)
         merged.waiting_s = np.where(in_turns, 2 * computed.waiting_s, whole.waiting_s)
+        merged.padding_j = np.where(in_turns, 2 * computed.padding_j, whole.padding_j)
         for part, into in (("memory_j", merged.memory_j), ("core_j", merged.core_j)):
             for name, joules in getattr(whole, part).items():
                 halves = 2 * (getattr(computed, part).get(name, 0.0) + getattr(sent, part).get(name, 0.0))

@@ -54,6 +54,7 @@ class Evaluated:
     prefill_share: Array
     communication_s: Array
     waiting_s: Array  #: of `gpu_s`, time in which the mean rank waits for the one with the hottest experts
+    padding_j: Array  #: of the experts' arithmetic, what rows cost that only fill tiles up
 
 
 class Work:
@@ -61,7 +62,7 @@ class Work:
 
     def __init__(self, like: Array) -> None:
         nothing = np.zeros_like(like)  # one for all: sums make new arrays
-        self.time_s = self.clocked_s = self.communication_s = self.waiting_s = nothing
+        self.time_s = self.clocked_s = self.communication_s = self.waiting_s = self.padding_j = nothing
         self.memory_j: dict[str, Array] = {}  #: HBM and links; only a share of it follows the core voltage
         self.core_j: dict[str, Array] = {}  #: arithmetic; follows the core voltage
 
@@ -74,7 +75,7 @@ class Work:
 
     def take(self, other: Work, index: Integers) -> None:
         """Add `other`, whose entry index[i] belongs to step i."""
-        for name in ("time_s", "clocked_s", "communication_s", "waiting_s"):
+        for name in ("time_s", "clocked_s", "communication_s", "waiting_s", "padding_j"):
             setattr(self, name, getattr(self, name) + getattr(other, name)[index])
         for mine, theirs in ((self.memory_j, other.memory_j), (self.core_j, other.core_j)):
             for name, joules in theirs.items():
@@ -186,6 +187,7 @@ class GpuStep:
             prefill_share=prefill_share,
             communication_s=work.communication_s,
             waiting_s=work.waiting_s,
+            padding_j=work.padding_j * at.voltage_squared,
         )
 
     def _apply_factors(self, work: Work, prefill_j: Array) -> Array:
@@ -232,7 +234,8 @@ class GpuStep:
         group = Work(different)
         self._add_kernels(group, kernels, different)
         if different[0] == 0:  # nothing is launched for no rows
-            group.time_s[0] = group.clocked_s[0] = group.communication_s[0] = group.waiting_s[0] = 0.0
+            group.time_s[0] = group.clocked_s[0] = group.communication_s[0] = 0.0
+            group.waiting_s[0] = group.padding_j[0] = 0.0
             for joules in (*group.memory_j.values(), *group.core_j.values()):
                 joules[0] = 0.0
         work.take(group, index)
@@ -307,10 +310,9 @@ class GpuStep:
         byte_j = p["energy.memory_j_per_byte"]
         work.spend(work.memory_j, "weights", kernel.count * byte_j * weights)
         work.spend(work.memory_j, "activations", kernel.count * byte_j * moved)
-        work.spend(
-            work.core_j, "experts",
-            kernel.count * p[f"energy.{form}.j_per_flop"] * flops_per_row * (loads.rows + wasted),
-        )  # fmt: skip
+        row_j = kernel.count * p[f"energy.{form}.j_per_flop"] * flops_per_row
+        work.padding_j = work.padding_j + row_j * wasted
+        work.spend(work.core_j, "experts", row_j * (loads.rows + wasted))
 
     def _add_elementwise(self, work: Work, kernel: Kernel, rows: Array) -> None:
         moved = self._hbm(per_token(kernel.activation_bytes, rows))

@@ -27,6 +27,8 @@ COMPONENTS = (
     "communication",
     "host_gap",
 )
+#: what joules of a step of experts go to without effect: waiting for the rank with the hottest, or filling tiles up
+WASTES = ("expert_imbalance", "expert_padding")
 #: why a step's prediction is less than sure; each widens its interval. Others that the model gives count as "other"
 FLAGS = (
     "uncalibrated_gpu",
@@ -67,6 +69,14 @@ PREDICTION = (
         "joules",
         "The same joules by what they are spent on.",
         (("component", COMPONENTS),),
+    ),
+    Metric(
+        "energylens_predicted_waste_joules_total",
+        "counter",
+        "joules",
+        "Part of the predicted joules: static power while ranks wait for the one with the hottest experts "
+        "(expert_imbalance), and arithmetic on rows that only fill experts' tiles up (expert_padding).",
+        (("reason", WASTES),),
     ),
     Metric(
         "energylens_predicted_energy_bound_joules_total",

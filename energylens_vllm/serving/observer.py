@@ -207,6 +207,7 @@ def _check(predictions: Predictions, num_steps: int) -> None:
         "high_j": predictions.high_j,
         **predictions.components,
         **predictions.phases,
+        **predictions.waste,
     }
     if wrong := [name for name, values in named.items() if values.shape != (num_steps,)]:
         raise EnergyLensError(f"predictions: {wrong[0]} has shape {named[wrong[0]].shape} for {num_steps} steps")
@@ -236,6 +237,8 @@ def _add_predictions(increments: Increments, steps: Sequence[Step], predictions:
     for component in COMPONENTS:
         joules = predictions.components[component].tolist()
         increments.add_all("energylens_predicted_component_energy_joules_total", joules, component)
+    for reason, wasted in predictions.waste.items():
+        increments.add_all("energylens_predicted_waste_joules_total", wasted.tolist(), reason)
     increments.add_all("energylens_predicted_energy_bound_joules_total", predictions.low_j.tolist(), "lower")
     increments.add_all("energylens_predicted_energy_bound_joules_total", predictions.high_j.tolist(), "upper")
     increments.observe("energylens_step_energy_joules", predictions.energy_j.tolist())

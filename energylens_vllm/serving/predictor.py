@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.serving.batch import Batch
-from energylens_vllm.serving.metrics import COMPONENTS, PHASES
+from energylens_vllm.serving.metrics import COMPONENTS, PHASES, WASTES
 
 if TYPE_CHECKING:
     from energylens_vllm.energy import EnergyModel
@@ -33,6 +33,7 @@ class Predictions:
     low_j: Array  #: ends of the prediction interval
     high_j: Array
     flags: frozenset[str] = frozenset()  #: those of every step
+    waste: Mapping[str, Array] = field(default_factory=dict)  #: some of `metrics.WASTES`; parts of `energy_j`
 
 
 class Predictor(Protocol):
@@ -64,6 +65,7 @@ class ModelPredictor:
             low_j=predicted.low_j,
             high_j=predicted.high_j,
             flags=predicted.flags,
+            waste=dict(zip(WASTES, (predicted.waste_j, predicted.padding_j), strict=True)),
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from energylens_vllm.energy import Deployment, EnergyModel, StepPrediction
+from energylens_vllm.energy import Deployment, DualBatch, EnergyModel, Overlap, StepPrediction
 from energylens_vllm.errors import EnergyLensError
 
 
@@ -62,6 +62,29 @@ def test_balancing_lowers_waste_and_copies_have_their_price() -> None:
     # All experts are awake in such a step, and copies are weights to read like others: more than balance spares.
     assert copied.components["weights"] > 1.05 * placed.components["weights"]
     assert copied.energy_j > plain.energy_j
+
+
+def test_padding_is_what_the_fused_kernel_adds_to_the_rows() -> None:
+    """One token on one GPU: its 8 experts take a tile of 16 rows each, 15 of them empty, at a share of a full one's."""
+    model = EnergyModel("qwen3-30b-a3b", Deployment(gpu="H200-SXM"))
+    share = model.profile["experts.padding_energy_share"]
+    one = model.step([(1, 500)])
+    assert one.padding_j / one.components["experts"] == pytest.approx(15 * share / (1 + 15 * share), rel=1e-6)
+    full = model.step([(8192, 0)])
+    assert 0 < full.padding_j < 0.1 * full.components["experts"]
+    assert EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM")).step([(1, 500)]).padding_j == 0
+
+
+def test_overlapped_steps_tell_padding_too() -> None:
+    deployment = Deployment(gpu="H100-SXM", data_parallel_size=8, enable_expert_parallel=True)
+
+    def padding_j(requests: int, overlap: Overlap | DualBatch | None = None) -> float:
+        return EnergyModel("qwen3-30b-a3b", deployment, overlap=overlap).step([(1, 500)] * requests).padding_j
+
+    halves = padding_j(512, DualBatch(decode_token_threshold=1))
+    assert halves == pytest.approx(2 * padding_j(256), rel=0.05)
+    assert halves > 1.5 * padding_j(512)
+    assert padding_j(512, Overlap(stages=1, sms=1)) == pytest.approx(padding_j(512), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ def expected(executed: Steps, model: EnergyModel) -> dict[str, float]:
         for name, value in {
             **{f"predicted_energy_joules_total {name}": joules for name, joules in step.phases.items()},
             **{f"predicted_component_energy_joules_total {name}": joules for name, joules in step.components.items()},
+            "predicted_waste_joules_total expert_imbalance": step.waste_j,
+            "predicted_waste_joules_total expert_padding": step.padding_j,
             "predicted_energy_bound_joules_total lower": step.interval_j[0],
             "predicted_energy_bound_joules_total upper": step.interval_j[1],
             "predicted_step_time_seconds_total": step.time_s,

@@ -13,7 +13,8 @@ from energylens_vllm.serving.predictor import Predictions
 
 
 class TokenPredictor:
-    """A quarter of a joule a prefill token, half a joule a decode token, a millisecond a step."""
+    """A quarter of a joule a prefill token, half a joule a decode token and a quarter of that wasted, a millisecond a
+    step."""
 
     def predict(self, batches: Sequence[Batch]) -> Predictions:
         prefill = np.array([(batch.num_tokens - batch.num_decode_tokens) / 4 for batch in batches])
@@ -27,6 +28,7 @@ class TokenPredictor:
             low_j=joules / 2,
             high_j=joules * 2,
             flags=frozenset({"uncalibrated_gpu"}),
+            waste={"expert_imbalance": decode / 4},
         )
 
 

@@ -108,6 +108,7 @@ def test_the_report_has_all_sums(observer: StepObserver, clock: Clock) -> None:
         "predicted_energy_joules_total prefill": 3.0,
         "predicted_energy_joules_total decode": 4.0,
         "predicted_component_energy_joules_total weights": 7.0,
+        "predicted_waste_joules_total expert_imbalance": 1.0,
         "predicted_energy_bound_joules_total lower": 3.5,
         "predicted_energy_bound_joules_total upper": 14.0,
         "predicted_step_time_seconds_total": pytest.approx(3e-3, abs=1e-10),
