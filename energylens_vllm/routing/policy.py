@@ -190,6 +190,11 @@ class Ranking(Sequence[Verdict]):
         self._snapshots, self._request = snapshots, request
 
     @property
+    def snapshots(self) -> Snapshots:
+        """What was ranked. Of a host that keeps one `Snapshots`, it changes with the next request."""
+        return self._snapshots
+
+    @property
     def best(self) -> int | None:
         """The replica to choose; None if all are out."""
         first = int(self.order[0]) if len(self.order) else None
