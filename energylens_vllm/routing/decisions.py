@@ -7,8 +7,8 @@ from a request, so there are as many series after a day as at the start.
 **Joules saved are an estimate**: of each decision the marginal joules that `rank` gave the replica which least-request
 would have taken (the fewest requests; the mean of those with as few), less those of the chosen one. Neither is
 measured, and the fleet is in the state that our decisions led to, not in least-request's. A counter cannot fall: what a
-choice costs more, for latency's sake say, is made up for first by later savings. `energylens_routing_added_joules_total`
-has both sides.
+choice costs more, for latency's sake say, is made up for first by later savings. Both sides are in
+`energylens_routing_added_joules_total`.
 """
 
 from __future__ import annotations
