@@ -48,6 +48,7 @@ class GpuProfile:
     by_release: Mapping[str, Mapping[str, Coefficient]] = field(default_factory=dict)
     calibrated_formats: tuple[str, ...] = ()
     std: Mapping[str, float] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         try:
@@ -98,6 +99,7 @@ class GpuProfile:
             "std": dict(self.std),
             "coefficients": _to_json(self.coefficients),
             "by_release": {release: _to_json(given) for release, given in self.by_release.items()},
+            **({"calibration": dict(self.calibration)} if self.calibration else {}),
         }
 
 
@@ -167,6 +169,7 @@ def _read(path: pathlib.Path) -> GpuProfile:
             std={str(name): float(value) for name, value in raw["std"].items()},
             coefficients=_from_json(raw["coefficients"]),
             by_release={str(release): _from_json(given) for release, given in raw["by_release"].items()},
+            calibration=dict(raw.get("calibration", {})),
         )
     except KeyError as error:
         raise EnergyLensError(f"profile {path}: field {error.args[0]!r} is missing") from error
