@@ -1,4 +1,4 @@
-"""vLLM's engine in this process on one GPU, for the benchmarks that load it: shapes, recorder, meter.
+"""vLLM's engine in this process, for the benchmarks that load it: shapes, recorder, meter.
 
 Importing this sets vLLM's environment, so it comes before any import of vLLM. Weights are random, nothing is
 downloaded; the shapes are those of the public models. Times are of `time.perf_counter()`.
@@ -93,16 +93,26 @@ class Engine:
         self.config = config
         with tempfile.TemporaryDirectory() as folder:
             pathlib.Path(folder, "config.json").write_text(json.dumps(config))
-            self.llm_engine = LLM(
+            self.llm = LLM(
                 folder, load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False,
                 seed=0, **arguments,
-            ).llm_engine  # fmt: skip
+            )  # fmt: skip
+        self.llm_engine = self.llm.llm_engine
         self.scheduler = self.llm_engine.engine_core.engine_core.scheduler
         cache = self.llm_engine.vllm_config.cache_config
         self.kv_tokens: int = cache.num_gpu_blocks * cache.block_size
         self.start_s = time.perf_counter() - self.started_s
         self._ids: Iterator[int] = itertools.count()
         self._random = np.random.default_rng(0)
+
+    def route_by_token(self) -> None:
+        """Make experts' choice depend on the token, as in a trained model.
+
+        vLLM's random weights are so small that a router's bias, or one direction of the hidden state that all tokens
+        share, may choose the same experts for all of them. Embeddings and routers get the usual spread here (1 and
+        1 / sqrt(fan in)), norms 1 and routers' biases 0; all else stays as it is.
+        """
+        self.llm.apply_model(_route_by_token)
 
     def log(self, text: str) -> None:
         """Print with the seconds since the start."""
@@ -194,7 +204,7 @@ class Recorder:
 
 
 class Meter(threading.Thread):
-    """Reads the energy counter and the power of GPU 0 in the background.
+    """Reads the energy counter and the power of one GPU in the background.
 
     The counter advances about each 100 ms and a reading takes 4 ms, so its changes are what says when it was what: one
     is looked for from a while after the last, and lies between the last reading before it and the first after it.
@@ -204,13 +214,13 @@ class Meter(threading.Thread):
     POLL_S = 0.002
     POWER_S = 0.02
 
-    def __init__(self) -> None:
-        super().__init__(name="meter", daemon=True)
+    def __init__(self, gpu: int = 0) -> None:
+        super().__init__(name=f"meter-{gpu}", daemon=True)
         import pynvml
 
         pynvml.nvmlInit()
         self._nvml = pynvml
-        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(gpu)
         #: (s, mJ, SM clock MHz, degrees C, memory clock MHz, throttle reasons) for each change of the counter
         self.changes: list[tuple[float, float, float, float, float, float]] = []
         self.power: list[tuple[float, float]] = []  #: (s, mW)
@@ -281,13 +291,77 @@ class Meter(threading.Thread):
         )  # fmt: skip
 
 
-def save(path: pathlib.Path, recorder: Recorder, meter: Meter, engine: Engine) -> None:
+class Meters:
+    """A `Meter` for each of the first `gpus` GPUs: energy and power summed over them, the first one's clocks."""
+
+    def __init__(self, gpus: int) -> None:
+        self._meters = [Meter(gpu) for gpu in range(gpus)]
+
+    def start(self) -> None:
+        for meter in self._meters:
+            meter.start()
+
+    def stop(self) -> None:
+        for meter in self._meters:
+            meter.stop()
+
+    def device(self) -> dict[str, Any]:
+        return self._meters[0].device() | dict(gpus=len(self._meters))
+
+    def window(self, start_s: float, end_s: float) -> dict[str, float] | None:
+        """As `Meter.window`; each GPU's power is of its own first to last change, and they share the first's times."""
+        windows = [window for meter in self._meters if (window := meter.window(start_s, end_s))]
+        if len(windows) < len(self._meters):
+            return None
+        summed = {key: sum(window[key] for window in windows) for key in ("power_w", "sampled_power_w")}
+        return windows[0] | summed | dict(energy_j=summed["power_w"] * windows[0]["duration_s"])
+
+    @property
+    def changes(self) -> list[tuple[float, ...]]:
+        """The first GPU's changes, with the other counters as they stood then added to its own."""
+        return self._summed([list(meter.changes) for meter in self._meters])
+
+    @property
+    def power(self) -> list[tuple[float, ...]]:
+        return self._summed([list(meter.power) for meter in self._meters])
+
+    @staticmethod
+    def _summed(series: list[list[tuple[float, ...]]]) -> list[tuple[float, ...]]:
+        if not all(series):
+            return []
+        first, *others = [np.array(rows) for rows in series]
+        for other in others:
+            first[:, 1] += np.interp(first[:, 0], other[:, 0], other[:, 1])
+        return [tuple(row) for row in first.tolist()]
+
+
+def save(path: pathlib.Path, recorder: Recorder, meter: Meter | Meters, engine: Engine) -> None:
     """Write what was recorded so far; a run that is cut off later keeps it."""
     sizes = engine.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes or []
     np.savez_compressed(
         path, **recorder.arrays(), pw=np.array(list(meter.power)), en=np.array(list(meter.changes)),
         capture_sizes=np.array(sorted(sizes), dtype=np.int32),
     )  # fmt: skip
+
+
+def _route_by_token(model: Any) -> None:
+    """Runs in each worker; one seed, so that what is replicated stays equal."""
+    import torch
+
+    random_numbers = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        if not weight.numel():  # packed away, as linear layers are on CPUs
+            continue
+        if "norm" in name and name.endswith("weight"):
+            weight.data.fill_(1.0)
+        elif "embed_tokens" in name:
+            weight.data.normal_(0.0, 1.0, generator=random_numbers)
+        elif name.endswith(("mlp.gate.weight", "router.weight")):
+            drawn = torch.empty(weight.shape, device=weight.device).normal_(generator=random_numbers)
+            # What is quantized has a scale of its own; only the order of a router's outputs matters.
+            weight.data.copy_(drawn * (64.0 if weight.element_size() == 1 else weight.shape[-1] ** -0.5))
+        elif name.endswith(("mlp.gate.bias", "router.bias")):
+            weight.data.zero_()
 
 
 def _text(value: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""Record scheduler steps, power and energy of real vLLM under steady and mixed load on one GPU.
+"""Record scheduler steps, power and energy of real vLLM under steady and mixed load on one or two GPUs.
 
     python benchmarks/record_steps.py out/ llama8b-fp8 gptoss20b      # a minute or two each
 
@@ -17,11 +17,11 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import in_process
-from in_process import Engine, Meter, Recorder
+from in_process import Engine, Meters, Recorder
 from in_turn import run_in_turn, wait_for_turn
 
 SETTLE_S = 0.5  #: before each steady window: batch, clock and counter settle
@@ -38,10 +38,14 @@ class Points:
     rates: Sequence[float]  #: requests a second of the mixed loads
     idle_s: float = 1.0
     mix_s: float = 6.0
+    route_by_token: bool = False  #: experts are chosen as in a trained model, not as random weights happen to
 
 
 FAST = Points([(256, (1, 4, 16, 64, 256)), (2048, (8, 32)), (8000, (4, 12))], (64, 512, 2048, 8192), (8,))
+ROUTED = replace(FAST, route_by_token=True)
 SLOW = Points([(256, (1, 8, 32, 64, 128)), (2048, (8, 16)), (8000, (4,))], (64, 512, 2048, 8192), (3,))
+TRIAL = Points([(32, (1, 4))], (64, 512), (4,), mix_s=2.0)
+TP2: dict[str, Any] = dict(tensor_parallel_size=2)
 LLAMA, QWEN3_30B_A3B = in_process.LLAMA, in_process.QWEN3_30B_A3B
 #: name -> (config, LLM arguments, points)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Points]] = {
@@ -54,8 +58,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Points]] = {
     "qwen30b": (QWEN3_30B_A3B, {}, FAST),
     "qwen30b-fp8": (QWEN3_30B_A3B, dict(quantization="fp8"), FAST),
     "gptoss20b": (in_process.GPT_OSS_20B, {}, FAST),
+    "qwen30b-routed": (QWEN3_30B_A3B, {}, ROUTED),
+    "qwen30b-fp8-routed": (QWEN3_30B_A3B, dict(quantization="fp8"), ROUTED),
+    "gptoss20b-routed": (in_process.GPT_OSS_20B, {}, ROUTED),
+    "llama8b-tp2": (LLAMA, TP2, FAST),
+    "qwen32b-tp2": (in_process.QWEN3_32B, TP2, FAST),
+    "qwen30b-tp2": (QWEN3_30B_A3B, TP2, ROUTED),
+    "qwen30b-ep2": (QWEN3_30B_A3B, TP2 | dict(enable_expert_parallel=True), ROUTED),
     # A trial on vLLM's CPU build.
-    "tiny": (in_process.TINY["qwen3"], in_process.ON_CPU, Points([(32, (1, 4))], (64, 512), (4,), mix_s=2.0)),
+    "tiny": (in_process.TINY["qwen3"], in_process.ON_CPU, TRIAL),
+    "tiny-routed": (in_process.TINY["qwen3_moe"], in_process.ON_CPU, replace(TRIAL, route_by_token=True)),
 }
 
 
@@ -65,8 +77,11 @@ class Recording:
     def __init__(self, name: str, out: pathlib.Path, window_s: float) -> None:
         config, arguments, self._points = CASES[name]
         self._out, self._name, self._window_s = out, name, window_s
-        self._meter = Meter()  # first: without NVML there is no need to wait for an engine
+        # First: without NVML there is no need to wait for an engine.
+        self._meter = Meters(arguments.get("tensor_parallel_size", 1))
         self.engine = Engine(config, max_model_len=16384, **in_process.ON_GPU | arguments)
+        if self._points.route_by_token:
+            self.engine.route_by_token()
         self.engine.log(f"ready, {self.engine.kv_tokens} KV tokens")
         self._recorder = Recorder(self.engine)
         self._recorder.attach()
