@@ -110,7 +110,7 @@ class Engine:
 
         vLLM's random weights are so small that a router's bias, or one direction of the hidden state that all tokens
         share, may choose the same experts for all of them. Embeddings and routers get the usual spread here (1 and
-        1 / sqrt(fan in)), norms 1 and routers' biases 0; all else stays as it is.
+        1 / sqrt(fan in)), norms 1 and biases 0; all else stays as it is.
         """
         self.llm.apply_model(_route_by_token)
 
@@ -354,13 +354,13 @@ def _route_by_token(model: Any) -> None:
             continue
         if "norm" in name and name.endswith("weight"):
             weight.data.fill_(1.0)
-        elif "embed_tokens" in name:
+        elif "embed_tokens" in name or name.endswith("embedding.weight"):  # gpt-oss
             weight.data.normal_(0.0, 1.0, generator=random_numbers)
         elif name.endswith(("mlp.gate.weight", "router.weight")):
             drawn = torch.empty(weight.shape, device=weight.device).normal_(generator=random_numbers)
             # What is quantized has a scale of its own; only the order of a router's outputs matters.
             weight.data.copy_(drawn * (64.0 if weight.element_size() == 1 else weight.shape[-1] ** -0.5))
-        elif name.endswith(("mlp.gate.bias", "router.bias")):
+        elif name.endswith("bias"):  # the same for all tokens
             weight.data.zero_()
 
 
