@@ -144,8 +144,8 @@ def energy(setting: Setting, config: Config = DEFAULT) -> Choose:
             for job in engine.finished[seen[i] :]:
                 ended, tokens = ended + 1, tokens + job.arrival.output_tokens
             seen[i] = len(engine.finished)
-            if engine.event is not None and n and not engine.chunks:  # what the plugin measures of a step
-                ratio = engine.event[3] / readers[i].decode(n, engine.context / n + engine.count)[0]
+            if (event := engine.event) is not None and event.decodes and not event.chunks:  # as the plugin measures it
+                ratio = event.step_s / readers[i].decode(n, engine.context / n + engine.count)[0]
                 snapshots.time_factor[i] += LEARNING * (ratio - snapshots.time_factor[i])
         prompts += arrival.prompt_tokens - (cached.max() if arrival.prefix else 0.0)
         request = Request(

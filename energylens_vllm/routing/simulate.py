@@ -55,8 +55,7 @@ def simulate(
     for order, arrival in enumerate(arrivals):
         now = arrival.at_s
         for engine in engines:
-            if engine.event is not None and engine.event[1] <= now:
-                engine.advance(now)
+            engine.advance(now)
         jobs.append(engines[choose(arrival, now)].submit(arrival, order, now))
     for engine in engines:
         engine.advance(math.inf)
@@ -65,7 +64,7 @@ def simulate(
 
 def _outcome(name: str, engines: Sequence[Engine], jobs: Sequence[Job], ttft_s: float, tpot_s: float) -> Outcome:
     end_s = max(job.end_s for job in jobs)
-    energy_j = sum(e.energy_j + e.table.idle_w * (end_s - e.busy_s) for e in engines)
+    energy_j = sum(engine.energy_until(end_s) for engine in engines)
     tokens = sum(job.arrival.output_tokens for job in jobs)
     first = np.array([job.first_s - job.arrival.at_s for job in jobs])
     several = np.array([job.arrival.output_tokens > 1 for job in jobs])

@@ -30,8 +30,9 @@ SMOOTH = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class StepTable:
     """Steps of one data-parallel rank. Seconds, and joules over its GPUs, idle power included.
 
-    `decode_s` and `decode_j` have shape (max_num_seqs + 1, contexts); row 0 is zero. `mixed_s` and `mixed_j` have shape
-    (sizes, tokens). `marginal_j` and `alone_j` are what one more sequence adds to a step, above idle power, of shape
+    `decode_s` and `decode_j` have shape (max_num_seqs + 1, contexts), `decode_host_s` (max_num_seqs + 1); row 0 is 0.
+    Tables of mixed steps have shape (sizes, tokens): such a step takes the larger of `mixed_gpu_s` and `mixed_host_s`,
+    what the host needs to launch it. `marginal_j` is what one more sequence adds to a step, above idle power, of shape
     as `decode_s`: beside those that run, and as long as those last (see `_marginal`).
     """
 
@@ -41,9 +42,11 @@ class StepTable:
     idle_w: float
     decode_s: Array
     decode_j: Array
+    decode_host_s: Array
     sizes: tuple[int, ...]
     tokens: tuple[int, ...]
-    mixed_s: Array
+    mixed_gpu_s: Array
+    mixed_host_s: Array
     mixed_j: Array
     pair_s: float
     pair_j: float
@@ -94,9 +97,11 @@ class StepTable:
             idle_w=idle_w,
             decode_s=decode_s,
             decode_j=decode_j,
+            decode_host_s=np.concatenate([[0.0], decoded[0].host_s]),
             sizes=sizes,
             tokens=tokens,
-            mixed_s=mixed.time_s.reshape(shape),
+            mixed_gpu_s=mixed.gpu_s.reshape(shape),
+            mixed_host_s=mixed.host_s.reshape(shape),
             mixed_j=mixed.energy_j.reshape(shape),
             pair_s=pair_s,
             pair_j=pair_j,
@@ -114,7 +119,9 @@ class StepTable:
             self,
             decode_s=decode_s,
             decode_j=decode_j,
-            mixed_s=self.mixed_s * time,
+            decode_host_s=self.decode_host_s * time,
+            mixed_gpu_s=self.mixed_gpu_s * time,
+            mixed_host_s=self.mixed_host_s * time,
             mixed_j=self.mixed_j * energy,
             pair_s=self.pair_s * time,
             pair_j=self.pair_j * energy,
@@ -133,7 +140,9 @@ class Reader:
 
     def __init__(self, table: StepTable) -> None:
         self.decode_s, self.decode_j = table.decode_s.tolist(), table.decode_j.tolist()
-        self.mixed_s, self.mixed_j = table.mixed_s.tolist(), table.mixed_j.tolist()
+        self.decode_host_s = table.decode_host_s.tolist()
+        self.mixed_gpu_s, self.mixed_host_s = table.mixed_gpu_s.tolist(), table.mixed_host_s.tolist()
+        self.mixed_j = table.mixed_j.tolist()
         self.sizes, self.tokens = table.sizes, table.tokens
         self.pair_s, self.pair_j = table.pair_s, table.pair_j
         self.reference = CONTEXTS.index(REFERENCE_CONTEXT)
@@ -149,17 +158,18 @@ class Reader:
             energy_j[at] + part * (energy_j[at + 1] - energy_j[at]),
         )
 
-    def mixed(self, n: int, context: float, new: int, pairs: float) -> tuple[float, float]:
-        """A step of `n` decodes and `new` tokens of prompts that attend to `pairs` (query, key) pairs in all."""
+    def mixed(self, n: int, context: float, new: int, pairs: float) -> tuple[float, float, float]:
+        """A step of `n` decodes and `new` tokens of prompts that attend to `pairs` (query, key) pairs in all: seconds
+        of the GPU, joules, and seconds of the host, which may be more. The step takes the larger."""
         total = n + new
         i = min(max(bisect_right(self.sizes, n) - 1, 0), len(self.sizes) - 2)
         j = min(max(bisect_right(self.tokens, total) - 1, 0), len(self.tokens) - 2)
         a = (n - self.sizes[i]) / (self.sizes[i + 1] - self.sizes[i])
         b = (total - self.tokens[j]) / (self.tokens[j + 1] - self.tokens[j])
         b = max(b, 0.0)
-        result = []
         extra = pairs - new * (new + 1) / 2
-        for table, per_pair in ((self.mixed_s, self.pair_s), (self.mixed_j, self.pair_j)):
+        result = []
+        for table, per_pair in ((self.mixed_gpu_s, self.pair_s), (self.mixed_j, self.pair_j), (self.mixed_host_s, 0.0)):
             low, high = table[i], table[i + 1]
             below = low[j] + b * (low[j + 1] - low[j])
             above = high[j] + b * (high[j + 1] - high[j])
@@ -169,7 +179,7 @@ class Reader:
             result[0] += time_s - self.decode_s[n][self.reference]
             result[1] += energy_j - self.decode_j[n][self.reference]
         floor_s, floor_j = self.decode_s[max(n, 1)][0], self.decode_j[max(n, 1)][0]
-        return max(result[0], floor_s), max(result[1], floor_j)
+        return max(result[0], floor_s), max(result[1], floor_j), result[2]
 
 
 def _decodes(model: EnergyModel, n: Array, context: float) -> Steps:

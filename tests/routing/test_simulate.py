@@ -29,11 +29,52 @@ def test_one_request_takes_its_steps(table: StepTable) -> None:
     job = engine.submit(Arrival(0.0, 100, 50), 0, 0.0)
     engine.advance(1e9)
     reader = table.reader()
-    prefill_s, prefill_j = reader.mixed(0, 1.0, 100, 100 * 101 / 2)
+    gpu_s, prefill_j, host_s = reader.mixed(0, 1.0, 100, 100 * 101 / 2)
+    prefill_s = max(gpu_s, host_s)
     decodes = [reader.decode(1, 100 + i) for i in range(1, 50)]
     assert job.first_s == pytest.approx(prefill_s)
     assert job.end_s == pytest.approx(prefill_s + sum(each[0] for each in decodes))
     assert engine.energy_j == pytest.approx(prefill_j + sum(each[1] for each in decodes))
+
+
+def test_two_steps_are_in_flight(table: StepTable) -> None:
+    """An arrival waits for the step that runs and for the one that is scheduled already; without asynchronous
+    scheduling for the one that runs only."""
+    reader = table.reader()
+    prompt_s, _, launch_s = reader.mixed(0, 1.0, 4000, 4000 * 4001 / 2)
+    first_s = max(prompt_s, launch_s)
+    decode_s = reader.decode(1, 4001)[0]
+    other_s, _, launch_s = reader.mixed(1, 4002.0, 2000, 2000 * 2001 / 2)
+    for asynchronous in (True, False):
+        engine = Engine(table, asynchronous=asynchronous)
+        one = engine.submit(Arrival(0.0, 4000, 50), 0, 0.0)
+        engine.advance(first_s / 2)
+        other = engine.submit(Arrival(first_s / 2, 2000, 50), 1, first_s / 2)
+        engine.advance(1e9)
+        assert one.first_s == pytest.approx(first_s)
+        if asynchronous:  # launched as soon as the first output is there, while the step between still runs
+            expected_s = max(first_s + decode_s + other_s, first_s + launch_s)
+        else:
+            expected_s = first_s + max(other_s, launch_s)
+        assert other.first_s == pytest.approx(expected_s, rel=0.01)
+
+
+def test_an_arrival_among_decodes_waits_two_steps_at_most(table: StepTable) -> None:
+    engine = Engine(table)
+    engine.submit(Arrival(0.0, 100, 2000), 0, 0.0)
+    step_s = table.reader().decode(1, 300)[0]
+    waits = []
+    for i in range(1, 20):
+        now = 0.1 * i + i * step_s / 20
+        engine.advance(now)
+        job = engine.submit(Arrival(now, 600, 1), i, now)
+        engine.advance(now + 0.09)
+        waits.append(job.first_s - now)
+    gpu_s, _, launch_s = table.reader().mixed(1, 300.0, 600, 600 * 601 / 2)
+    # The rest of the step that runs; then the next runs while the prompt is launched.
+    least_s = max(gpu_s + step_s, launch_s)
+    assert least_s * 0.99 < min(waits) < max(waits) < 1.05 * (least_s + step_s)
+    assert max(waits) - min(waits) > 0.7 * step_s
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -63,12 +104,11 @@ def test_a_full_cache_preempts_the_last_and_everything_is_given_back(small: Step
 def test_long_prompts_are_chunked(table: StepTable) -> None:
     engine = Engine(table)
     engine.submit(Arrival(0.0, 20_000, 2), 0, 0.0)
-    steps = 0
+    chunks = []
     while engine.event is not None:
-        assert sum(new for _, new in engine.chunks) <= table.max_num_batched_tokens
-        engine.advance(engine.event[1])
-        steps += 1
-    assert steps == 4  # three chunks of 8192 tokens at most, and the second token
+        chunks.append(sum(new for _, new in engine.event.chunks))
+        engine.advance(engine.event.end_s)
+    assert chunks == [8192, 8192, 20_000 - 2 * 8192, 0]  # and a step for the second token
 
 
 def test_prefixes_are_found_again(table: StepTable) -> None:
