@@ -278,6 +278,77 @@ ATTRIBUTION = (
     ),
 )
 
+ROUTING = (
+    Metric(
+        "energylens_marginal_energy_joules",
+        "gauge",
+        "joules",
+        "Predicted energy that one more request of typical size adds here, for each of its output tokens (with the "
+        "setting `routing`).",
+        from_start=False,
+    ),
+    Metric(
+        "energylens_slo_headroom_ratio",
+        "gauge",
+        "",
+        "Part of a latency target that one more request would leave free here; negative if it would miss it. Predicted "
+        "(with the setting `routing`).",
+        (("target", ("ttft", "tpot")),),
+        from_start=False,
+    ),
+    Metric(
+        "energylens_held_requests",
+        "gauge",
+        "requests",
+        "Requests that the engine holds, running or waiting (with the setting `routing`).",
+        from_start=False,
+    ),
+    Metric(
+        "energylens_waiting_tokens",
+        "gauge",
+        "tokens",
+        "Prompt tokens that the engine has yet to compute, of all its requests (with the setting `routing`).",
+        from_start=False,
+    ),
+    Metric(
+        "energylens_kv_used_tokens",
+        "gauge",
+        "tokens",
+        "Tokens in the KV cache that requests use (with the setting `routing`).",
+        from_start=False,
+    ),
+    Metric(
+        "energylens_kv_capacity_tokens",
+        "gauge",
+        "tokens",
+        "Tokens that the KV cache has room for (with the setting `routing`).",
+        from_start=False,
+    ),
+    Metric(
+        "energylens_snapshot_timestamp_seconds",
+        "gauge",
+        "seconds",
+        "When the engine was last seen to live, by its host's clock: what routers read of one that hangs grows old "
+        "(with the setting `routing`).",
+        from_start=False,
+    ),
+    Metric(
+        "energylens_replica_info",
+        "gauge",
+        "",
+        "1; with energylens_profile_info, what a router needs to predict this engine (with the setting `routing`).",
+        (
+            ("data_parallel_size", ()),
+            ("enable_expert_parallel", ()),
+            ("kv_cache_dtype", ()),
+            ("max_num_seqs", ()),
+            ("max_num_batched_tokens", ()),
+            ("enforce_eager", ()),
+            ("vllm_release", ()),
+        ),
+    ),
+)
+
 PLUGIN = (
     Metric(
         "energylens_build_info",
@@ -318,5 +389,5 @@ PLUGIN = (
 )
 
 #: Add a group here and it is exported, documented and counted against MAX_SERIES_PER_ENGINE.
-METRICS: tuple[Metric, ...] = (*PREDICTION, *METER, *PAIRING, *ATTRIBUTION, *PLUGIN)
+METRICS: tuple[Metric, ...] = (*PREDICTION, *METER, *PAIRING, *ATTRIBUTION, *ROUTING, *PLUGIN)
 BY_NAME = {metric.name: metric for metric in METRICS}

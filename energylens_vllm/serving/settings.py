@@ -62,6 +62,15 @@ class Settings:
     request_log: str | None = setting(
         None, "With `attribution`, a file that gets a line of JSON for each finished request; rotated at 64 MiB."
     )
+    routing: bool = setting(
+        False, "Whether to tell routers, each second, what the engine holds and what one more request would cost there."
+    )
+    ttft_target_s: float = setting(1.0, "With `routing`, the target for the time to first token, in seconds.")
+    tpot_target_s: float = setting(0.05, "With `routing`, the target for the time per output token, in seconds.")
+    typical_prompt_tokens: float = setting(
+        512.0, "With `routing`, prompt tokens of the request that is priced: the same at all replicas of a fleet."
+    )
+    typical_output_tokens: float = setting(256.0, "With `routing`, output tokens of the request that is priced.")
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -70,6 +79,9 @@ class Settings:
             raise EnergyLensError(
                 f"report_interval_s: {self.report_interval_s!r} is not positive; accepted: seconds > 0"
             )
+        for name in ("ttft_target_s", "tpot_target_s", "typical_prompt_tokens", "typical_output_tokens"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise EnergyLensError(f"{name}: {getattr(self, name)!r}; accepted: finite numbers > 0")
         if self.attribution_rule not in RULES:
             raise unknown("attribution_rule", self.attribution_rule, RULES)
         if self.request_log is not None and not self.attribution:

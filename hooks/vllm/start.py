@@ -10,10 +10,12 @@ from energylens_vllm.hooks.vllm import log, status
 from energylens_vllm.hooks.vllm.batch import Reader
 from energylens_vllm.hooks.vllm.deployment import describe
 from energylens_vllm.hooks.vllm.gpus import gpus_of
+from energylens_vllm.hooks.vllm.live import looker
 from energylens_vllm.serving import settings
 from energylens_vllm.serving.listen import attribute, measure
 from energylens_vllm.serving.metrics import PREDICTOR_STATES
 from energylens_vllm.serving.observer import StepObserver
+from energylens_vllm.serving.replica import tell_routers
 from energylens_vllm.serving.start import Started, failed, start_predictor
 
 logger = logging.getLogger("energylens_vllm")
@@ -40,6 +42,9 @@ def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
             raise EnergyLensError(started.problem)
         observer = _observe(started, chosen.report_interval_s)
         _listen(observer, vllm_config, chosen)
+        if chosen.routing:
+            with observer.guard.at("start"):
+                tell_routers(observer, chosen, looker(scheduler))
         return observer
     except Exception as error:
         status.unusable(error)
