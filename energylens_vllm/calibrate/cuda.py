@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from energylens_vllm.calibrate.device import CalibrationError, Device
+from energylens_vllm.calibrate.device import NO_TORCH, CalibrationError, Device
 from energylens_vllm.calibrate.measure import Load, Unsupported, Window
 from energylens_vllm.calibrate.points import Point
 from energylens_vllm.meter import State
@@ -34,9 +34,7 @@ class Cuda:
         try:
             import torch
         except ImportError:
-            raise CalibrationError(
-                "calibrate: torch is not installed; install vLLM, or energylens-vllm[calibrate]"
-            ) from None
+            raise CalibrationError(NO_TORCH) from None
         self._torch, self._device, self._index = torch, device, index
 
     @property
@@ -142,9 +140,7 @@ class _Idle:
 class _Busy:
     """A kernel in a CUDA graph, replayed; the queue is kept filled by whoever waits."""
 
-    def __init__(
-        self, torch: Any, device: Device, launch: Callable[[int], object], copies: int, library: str
-    ) -> None:
+    def __init__(self, torch: Any, device: Device, launch: Callable[[int], object], copies: int, library: str) -> None:
         self._torch, self._device, self.library = torch, device, library
         launch_s = _launch_s(torch, launch, copies)
         rounds = max(1, round(GRAPH_S / launch_s / copies))

@@ -14,6 +14,7 @@ from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.meter import Gpu, GpuUnavailable, MeterError, State
 from energylens_vllm.meter.nvml import Nvml
 
+NO_TORCH = "calibrate: torch is not installed; install vLLM, or energylens-vllm[calibrate]"
 #: A counter that does not advance for as long is stuck; it should each 100 ms.
 STUCK_S = 1.0
 

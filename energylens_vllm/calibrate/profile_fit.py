@@ -274,9 +274,7 @@ def _compared(
     return tuple(rows)
 
 
-def _mean_errors(
-    found: Sequence[tuple[Point, Measured]], profile: GpuProfile, top_clock_hz: float
-) -> dict[str, float]:
+def _mean_errors(found: Sequence[tuple[Point, Measured]], profile: GpuProfile, top_clock_hz: float) -> dict[str, float]:
     """Mean absolute relative errors, of all points that have a prediction, and how many those are."""
     rows = _compared(found, profile, top_clock_hz)
     times = [abs(row.predicted_s / row.time_s - 1) for row in rows if row.predicted_s is not None]

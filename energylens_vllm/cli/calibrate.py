@@ -7,6 +7,9 @@ the GPU's energy counter, under five minutes in all. What that tells is fitted, 
 the same GPU; the profile says of each coefficient where it is from. Needs torch, and the GPU to itself. With vLLM
 installed its attention and experts are measured; else torch's attention, for its joules. See docs/calibrate.md.
 
+With --collectives it measures all-reduce, all-gather, reduce-scatter and all-to-all among several GPUs instead, about
+a minute and a half, and puts the interconnect into the profile (its own earlier one, or a shipped one).
+
 Each point is kept beside the profile as it is measured (PROFILE.points.jsonl): a run that was interrupted goes on
 where it stopped.
 """
@@ -19,11 +22,14 @@ import importlib.metadata
 import json
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from energylens_vllm import __version__
+from energylens_vllm.calibrate.collectives import OPERATIONS, SIZES, Row, measure_collectives
+from energylens_vllm.calibrate.collectives_fit import FittedCollectives, fit_collectives
 from energylens_vllm.calibrate.cuda import Cuda
 from energylens_vllm.calibrate.device import CalibrationError, Device, open_device
 from energylens_vllm.calibrate.measure import Outcome, Progress, measure
@@ -31,6 +37,7 @@ from energylens_vllm.calibrate.measured import Log, write_atomically
 from energylens_vllm.calibrate.points import points
 from energylens_vllm.calibrate.profile_fit import Fitted, Machine, fit_points, report, start_profile
 from energylens_vllm.cli.table import percent, quantity, table
+from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.hardware import GpuProfile, known_gpus, load_profile
 from energylens_vllm.serving.start import gpu_of
 
@@ -56,17 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="go on with the points of an earlier run on this GPU with the same versions (default), or measure anew",
     )  # fmt: skip
+    parser.add_argument("--collectives", action="store_true", help="measure collectives among several GPUs instead")
+    parser.add_argument("--gpus", type=int, default=2, metavar="N", help="how many, with --collectives (default 2)")
 
 
 def run(args: argparse.Namespace) -> int:
+    return run_collectives(args) if args.collectives else run_points(args)
+
+
+def run_points(args: argparse.Namespace) -> int:
     if args.budget < SHORTEST_BUDGET_S:
         raise CalibrationError(f"--budget: {args.budget:g} s; accepted: {SHORTEST_BUDGET_S:.0f} s or more, such as 5m")
     device = open_device(args.gpu_index)
     facts = device.facts
     base, same_gpu = base_profile(facts.name, args.base)
-    out = args.out or Path(f"{re.sub(r'[^a-z0-9]+', '-', facts.name.lower())}.json")
-    if out.suffix != ".json":
-        raise CalibrationError(f"--out: {str(out)!r} does not end in .json; that tells a profile's path from a name")
+    out = _out(args.out, facts.name)
     if facts.processes:
         raise CalibrationError(
             f"calibrate: {facts.processes} other processes compute on GPU {args.gpu_index}, whose joules would be "
@@ -106,19 +117,14 @@ def base_profile(gpu_name: str, base: str | None) -> tuple[GpuProfile, bool]:
     return profile, profile.name in (known, gpu_name)
 
 
-def _fit(
-    base: GpuProfile, same_gpu: bool, device: Device, machine: Cuda, log: Log, header: dict[str, Any]
-) -> Fitted:
+def _fit(base: GpuProfile, same_gpu: bool, device: Device, machine: Cuda, log: Log, header: dict[str, Any]) -> Fitted:
     facts = device.facts
     seen = Machine(
         name=facts.name, sm_count=machine.sm_count, memory_bytes=facts.memory_bytes,
         bandwidth_bytes_per_s=facts.bandwidth_bytes_per_s, top_clock_hz=facts.top_clock_hz, limit_w=facts.limit_w,
         l2_bytes=machine.l2_bytes,
     )  # fmt: skip
-    source = (
-        f"measured by energylens calibrate {__version__} on one {facts.name}, driver {facts.driver}, "
-        f"{datetime.date.today().isoformat()}"
-    )
+    source = _source(f"one {facts.name}", facts.driver)
     return fit_points(start_profile(base, seen, same_gpu), points(), log.measured, facts.top_clock_hz, source)
 
 
@@ -153,6 +159,67 @@ def summary(fitted: Fitted, outcome: Outcome) -> str:
     return "\n\n".join(lines)
 
 
+def run_collectives(args: argparse.Namespace) -> int:
+    device = open_device(args.gpu_index)
+    facts = device.facts
+    out = _out(args.out, facts.name)
+    profile = load_profile(out) if out.is_file() else base_profile(facts.name, args.base)[0]
+    _say(f"measures {len(OPERATIONS)} operations at {len(SIZES)} sizes among {args.gpus} GPUs, in a minute or two")
+    rows = measure_collectives(args.gpus)
+    beside = out.with_suffix(".collectives.json")
+    write_atomically(beside, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    source = _source(f"{args.gpus} {facts.name}", facts.driver)
+    node = Collectives.of(profile).interconnect
+    fitted = fit_collectives(node, rows, source)
+    write_atomically(
+        out, json.dumps(replace(profile, interconnect=fitted.interconnect.to_json()).to_json(), indent=1) + "\n"
+    )
+    print(collectives_summary(rows, fitted))
+    print(f"\nwrote {out} and, with every row, {beside}")
+    return 0
+
+
+def collectives_summary(rows: Sequence[Row], fitted: FittedCollectives) -> str:
+    """What was measured, and how far the interconnect is off before and after."""
+
+    def watts(values: Sequence[float] | None) -> str:
+        return "-" if not values else " ".join(f"{value:.0f}" for value in values)
+
+    lines = [table(
+        ["operation", "bytes", "time", "energy", "power of each, W", "idle, W"],
+        [
+            [
+                row.op, str(row.bytes), quantity(row.time_s, "s"),
+                "-" if row.energy_j is None else quantity(row.energy_j, "J"), watts(row.power_w),
+                watts(row.idle_power_w),
+            ]
+            for row in rows
+        ],
+    )]  # fmt: skip
+    lines.append("\n".join(
+        f"{what}: {percent(before)} off on average before, {percent(after)} now"
+        for what, (after, before) in fitted.errors.items()
+    ))  # fmt: skip
+    lines.append("\n".join(
+        f"{name}: {c.value:.3g} {c.unit} ± {percent(c.std)}"
+        for name, c in fitted.interconnect.coefficients.items()
+        if name in ("communication_power_w", "energy_per_link_byte_j")
+    ))  # fmt: skip
+    return "\n\n".join(lines)
+
+
+def _out(given: Path | None, gpu_name: str) -> Path:
+    out = given or Path(f"{re.sub(r'[^a-z0-9]+', '-', gpu_name.lower())}.json")
+    if out.suffix != ".json":
+        raise CalibrationError(f"--out: {str(out)!r} does not end in .json; that tells a profile's path from a name")
+    return out
+
+
+def _source(what: str, driver: str) -> str:
+    today = datetime.date.today().isoformat()
+    return f"measured by energylens calibrate {__version__} on {what}, driver {driver}, {today}"
+
+
 class _Bar:
     """One line on stderr that is overwritten, or a line a point where stderr is not a terminal."""
 
@@ -184,5 +251,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-

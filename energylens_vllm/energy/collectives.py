@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from energylens_vllm.einsum.kernel import CollectiveOp, Kernel
 from energylens_vllm.errors import EnergyLensError, unknown
-from energylens_vllm.hardware.interconnect import Fit, Interconnect, load_interconnect
+from energylens_vllm.hardware.interconnect import Fit, Interconnect, load_interconnect, parse
+from energylens_vllm.hardware.profile import GpuProfile
 
 Array = npt.NDArray[np.float64]
 
@@ -87,6 +88,18 @@ class Collectives:
     def load(cls, gpu: str, nvlink: bool = True) -> Collectives:
         """Those of a GPU by name. One that nobody measured gets a stand-in; all of it is flagged and wide."""
         return cls(load_interconnect(gpu, nvlink))
+
+    @classmethod
+    def of(cls, profile: GpuProfile) -> Collectives:
+        """Those that a profile brings along as measured, or else those of its GPU."""
+        if not profile.interconnect:
+            return cls.load(profile.name, profile.nvlink)
+        try:
+            return cls(parse(profile.interconnect))
+        except KeyError as error:
+            raise EnergyLensError(f"profile {profile.name}: interconnect: {error.args[0]!r} is missing") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise EnergyLensError(f"profile {profile.name}: interconnect: {error}") from error
 
     def curve(self, op: str, size: int, backend: str = "vllm") -> Curve:
         """`op` among `size` GPUs. Raises EnergyLensError for an unknown operation, backend or an impossible size."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -134,6 +134,10 @@ class Interconnect:
             self[name]  # refuses a name that does not exist
             changed[name] = replace(changed[name], value=float(value), source=source)
         return replace(self, coefficients=changed)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is stored in JSON, which `parse` reads."""
+        return asdict(self)
 
 
 def known_interconnects() -> list[str]:

@@ -36,6 +36,8 @@ class GpuProfile:
     every step). `by_release` has the coefficients that measurements with another release gave instead, see
     `at_release`. `std` holds relative standard deviations of predictions, by quantity ("time" or "energy") and what
     they are of: "energy.dense.decode", or a flag that widens the interval, "energy.uncalibrated_format".
+    `calibration` is what `energylens calibrate` says of its run: fit errors, clocks, temperatures, driver, what was not
+    measured; `interconnect` what it measured between GPUs, in place of the shipped one (empty if it did not).
     """
 
     name: str
@@ -49,6 +51,7 @@ class GpuProfile:
     calibrated_formats: tuple[str, ...] = ()
     std: Mapping[str, float] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    interconnect: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         try:
@@ -100,6 +103,7 @@ class GpuProfile:
             "coefficients": _to_json(self.coefficients),
             "by_release": {release: _to_json(given) for release, given in self.by_release.items()},
             **({"calibration": dict(self.calibration)} if self.calibration else {}),
+            **({"interconnect": dict(self.interconnect)} if self.interconnect else {}),
         }
 
 
@@ -170,6 +174,7 @@ def _read(path: pathlib.Path) -> GpuProfile:
             coefficients=_from_json(raw["coefficients"]),
             by_release={str(release): _from_json(given) for release, given in raw["by_release"].items()},
             calibration=dict(raw.get("calibration", {})),
+            interconnect=dict(raw.get("interconnect", {})),
         )
     except KeyError as error:
         raise EnergyLensError(f"profile {path}: field {error.args[0]!r} is missing") from error
