@@ -62,7 +62,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="energylens", description="Predict, measure and lower the energy of vLLM serving.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"energylens-vllm {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"energylens-vllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
