@@ -199,6 +199,7 @@ class GpuStep:
             )
         for name in work.core_j:
             work.core_j[name] = work.core_j[name] * factors.compute
+        work.padding_j = work.padding_j * factors.compute
         return np.divide(prefill_j * _own_j(work), before_j, out=np.zeros_like(prefill_j), where=before_j > 0)
 
     def _work(self, steps: Steps) -> tuple[Work, Array]:

@@ -1,12 +1,14 @@
-"""What an engine's observer is given to do beside predicting: measure, compare, attribute."""
+"""What an engine's observer is given to do beside predicting: measure, compare, learn, attribute."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from energylens_vllm.energy import EnergyModel
 from energylens_vllm.meter import Backend, Meter
 from energylens_vllm.serving.attribution import Attribution
+from energylens_vllm.serving.learning import Learner
+from energylens_vllm.serving.learning_listener import Learning, show
+from energylens_vllm.serving.learnt_file import LearntFile
 from energylens_vllm.serving.measurement import Measurement
 from energylens_vllm.serving.observer import StepObserver
 from energylens_vllm.serving.pairing import Pairing
@@ -20,27 +22,48 @@ from energylens_vllm.serving.shares import Prices, Spared
 MOST_UNCHARGED_S = 1.0
 
 
-def measure(observer: StepObserver, backend: Backend, metered: int) -> Meter:
-    """Read the engine's `metered` GPUs on this host from now on, and compare with what is predicted."""
-    meter, pairing, model = Meter(backend, observer.clock), None, _model(observer)
-    if model is not None:
-        deployment = model.deployment
+def measure(
+    observer: StepObserver, backend: Backend, metered: int, settings: Settings | None = None, engine: int = 0
+) -> Meter:
+    """Read the engine's `metered` GPUs on this host from now on, compare with what is predicted, and learn from that if
+    the settings say so. `engine` is its index."""
+    settings = settings or Settings()
+    meter, pairing, learning = Meter(backend, observer.clock), None, None
+    if (predictor := _predictor(observer)) is not None:
+        model, deployment = predictor.model, predictor.model.deployment
+        if settings.learning:
+            learning = _learn(predictor, settings, engine)
         pairing = Pairing(
             deployment.num_gpus // deployment.data_parallel_size,
             model.idle_power_w / deployment.num_gpus,
             lambda: observer.settled_s,
             metered=metered,
+            learner=predictor.learner,
         )
     observer.listeners.append(Measurement(meter, pairing))
+    if learning is not None:
+        observer.listeners.append(learning)
+    else:
+        show(observer.increments, "off")
     meter.start()
     return meter
 
 
+def _learn(predictor: ModelPredictor, settings: Settings, engine: int) -> Learning:
+    """Have the predictor corrected by what is learnt from now on, and by what was learnt before."""
+    predictor.learner, file = Learner(predictor.model), None
+    if settings.learning_folder:
+        file = LearntFile(Path(settings.learning_folder).expanduser(), predictor.model, engine)
+        file.load(predictor.learner)
+    return Learning(predictor.learner, file)
+
+
 def attribute(observer: StepObserver, settings: Settings, engine: int = 0) -> None:
     """Keep an account for each request, if the settings say so and steps are predicted. `engine` is its index."""
-    model = _model(observer)
-    if not settings.attribution or model is None:
+    predictor = _predictor(observer)
+    if not settings.attribution or predictor is None:
         return
+    model = predictor.model
     prices = Prices.of(model)
     attribution = Attribution(prices, Spared.of(model, prices), settings.attribution_rule, lambda: observer.settled_s)
     if settings.request_log is not None:
@@ -51,5 +74,5 @@ def attribute(observer: StepObserver, settings: Settings, engine: int = 0) -> No
     observer.listeners.append(attribution)
 
 
-def _model(observer: StepObserver) -> EnergyModel | None:
-    return observer.predictor.model if isinstance(observer.predictor, ModelPredictor) else None
+def _predictor(observer: StepObserver) -> ModelPredictor | None:
+    return observer.predictor if isinstance(observer.predictor, ModelPredictor) else None

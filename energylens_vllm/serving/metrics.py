@@ -45,6 +45,9 @@ FLAGS = (
 #: where the plugin can fail without harm to serving
 PLACES = ("start", "schedule", "update", "read", "predict", "listen", "report", "export")
 PREDICTOR_STATES = ("ready", "model_unknown", "failed")
+#: of learning from the meter
+LEARNING_STATES = ("waiting", "learning", "bounded", "implausible", "off")
+LEARNING_OUTCOMES = ("learnt", "outlier", "rejected")
 
 
 def _decades(low: int, high: int) -> tuple[float, ...]:
@@ -254,6 +257,50 @@ PAIRING = (
     ),
 )
 
+LEARNING = (
+    Metric(
+        "energylens_learning_state",
+        "gauge",
+        "",
+        "1 for the state that learning from the meter is in, 0 for the others: docs/learning.md says what each means.",
+        (("state", LEARNING_STATES),),
+    ),
+    Metric(
+        "energylens_learning_factor",
+        "gauge",
+        "",
+        "What was learnt of a coefficient of the profile: factor on it, 1 as the profile says.",
+        (("coefficient", ()),),
+    ),
+    Metric(
+        "energylens_learning_factor_std",
+        "gauge",
+        "",
+        "One standard deviation of that factor, as far as it is known by now.",
+        (("coefficient", ()),),
+    ),
+    Metric(
+        "energylens_learning_windows_total",
+        "counter",
+        "windows",
+        "Compared windows by what learning made of them: learnt from, with less weight (outlier), or rejected.",
+        (("outcome", LEARNING_OUTCOMES),),
+    ),
+    Metric(
+        "energylens_uncorrected_energy_joules_total",
+        "counter",
+        "joules",
+        "What the profile alone predicts, without what was learnt, over the windows of "
+        "energylens_compared_energy_joules_total.",
+    ),
+    Metric(
+        "energylens_uncorrected_absolute_error_joules_total",
+        "counter",
+        "joules",
+        "Absolute difference of that and measured energy, summed over those windows.",
+    ),
+)
+
 ATTRIBUTION = (
     Metric(
         "energylens_request_energy_joules",
@@ -389,5 +436,5 @@ PLUGIN = (
 )
 
 #: Add a group here and it is exported, documented and counted against MAX_SERIES_PER_ENGINE.
-METRICS: tuple[Metric, ...] = (*PREDICTION, *METER, *PAIRING, *ATTRIBUTION, *ROUTING, *PLUGIN)
+METRICS: tuple[Metric, ...] = (*PREDICTION, *METER, *PAIRING, *LEARNING, *ATTRIBUTION, *ROUTING, *PLUGIN)
 BY_NAME = {metric.name: metric for metric in METRICS}

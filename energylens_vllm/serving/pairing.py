@@ -6,6 +6,9 @@ later one. Steps that cross its ends are in it with the part of their time that 
 at idle power. Each GPU has windows of its own, because the counters advance at different moments, and of an engine's
 prediction its even share.
 
+With a learner (`serving/learning.py`) each window also says what it would have been without what was learnt, and how it
+hangs on the factors to be learnt: its evidence.
+
 A window is left out if the meter is not to be trusted over it, or if some step in it has no prediction. Its error is
 then not known, which is not the same as small.
 """
@@ -21,6 +24,7 @@ import numpy.typing as npt
 
 from energylens_vllm.meter import Reading
 from energylens_vllm.serving.increments import Increments
+from energylens_vllm.serving.learning import ENERGY, Evidence, Learner
 from energylens_vllm.serving.observer import Step
 from energylens_vllm.serving.predictor import Predictions
 
@@ -47,11 +51,19 @@ class Window:
     low_j: float  #: ends of the prediction interval
     high_j: float
     busy_share: float  #: of the time, how much steps ran
+    uncorrected_j: float  #: what the profile alone predicts
+    evidence: Evidence | None = None  #: with a learner, what it can learn from
 
     @property
     def error(self) -> float:
         """Predicted over measured, less one."""
         return self.predicted_j / self.measured_j - 1.0
+
+
+#: what is added up of the steps of a window
+_COLUMNS = ("predicted", "low", "high", "prefill", "uncorrected", "intercept", *ENERGY)
+_SLOPES = slice(_COLUMNS.index("intercept") + 1, None)
+_IDLE = ENERGY.index("idle")
 
 
 @dataclass(slots=True)
@@ -61,7 +73,7 @@ class _Part:
     start_s: float
     end_s: float
     measured_j: float = 0.0
-    joules: Array = field(default_factory=lambda: np.zeros(3))  #: predicted, low, high
+    joules: Array = field(default_factory=lambda: np.zeros(len(_COLUMNS)))
     busy_s: float = 0.0
     trusted: bool = True
     predicted: bool = True
@@ -71,7 +83,7 @@ class Pairing:
     """A listener of `StepObserver`; `add` gives it the meter's readings.
 
     `settled` says up to when all steps are reported: no other has begun before. `idle_power_w` is of one GPU. Of an
-    engine that spans hosts only the GPUs of this one are `metered`.
+    engine that spans hosts only the GPUs of this one are `metered`. `learner` corrects what is predicted, and learns.
     """
 
     def __init__(
@@ -81,11 +93,12 @@ class Pairing:
         settled: Callable[[], float],
         window_s: float = WINDOW_S,
         metered: int | None = None,
+        learner: Learner | None = None,
     ) -> None:
         self.listeners: list[Callable[[Window], None]] = []  #: get each window that was compared
         self._num_gpus, self._idle_power_w, self._window_s = num_gpus, idle_power_w, window_s
         self._metered = metered or num_gpus
-        self._settled = settled
+        self._settled, self._learner = settled, learner
         self._waiting: deque[Reading] = deque()
         self._steps = _Timeline()
         self._open: dict[str, _Part] = {}
@@ -121,7 +134,7 @@ class Pairing:
             part = self._open[reading.gpu] = _Part(reading.start_s, reading.end_s)
         joules, busy_s, predicted = self._steps.between(reading.start_s, reading.end_s)
         idle_j = max(reading.duration_s - busy_s, 0.0) * self._idle_power_w
-        part.joules = part.joules + joules / self._num_gpus + idle_j
+        part.joules = part.joules + joules / self._num_gpus + self._idle(idle_j)
         part.busy_s += busy_s
         part.measured_j += reading.energy_j
         part.trusted &= reading.trusted
@@ -129,6 +142,15 @@ class Pairing:
         part.end_s = reading.end_s
         if part.end_s - part.start_s >= self._window_s:
             self._closed[reading.gpu].append(self._open.pop(reading.gpu))
+
+    def _idle(self, uncorrected_j: float) -> Array:
+        """Idle energy, as the columns have it."""
+        joules = np.zeros(len(_COLUMNS))
+        predicted_j = uncorrected_j * (self._learner.on_idle if self._learner is not None else 1.0)
+        joules[:3] = predicted_j
+        joules[_COLUMNS.index("uncorrected")] = uncorrected_j
+        joules[_SLOPES.start + _IDLE] = uncorrected_j
+        return joules
 
     def _compare(self, parts: Sequence[_Part], increments: Increments) -> None:
         measured_j = sum(part.measured_j for part in parts)
@@ -138,7 +160,13 @@ class Pairing:
         if not all(part.predicted for part in parts):
             increments.add("energylens_uncompared_windows_total", 1.0, "prediction")
             return
-        predicted_j, low_j, high_j = np.sum([part.joules for part in parts], axis=0).tolist()
+        joules = np.sum([part.joules for part in parts], axis=0)
+        predicted_j, low_j, high_j, prefill_j, uncorrected_j, intercept_j = joules[: _SLOPES.start].tolist()
+        evidence = None
+        if self._learner is not None:
+            idle_j = float(joules[_SLOPES][_IDLE]) * self._learner.on_idle
+            shares = np.array([idle_j, predicted_j - prefill_j - idle_j, prefill_j]) / max(predicted_j, 1e-30)
+            evidence = Evidence(measured_j, intercept_j, joules[_SLOPES], np.clip(shares, 0.0, 1.0))
         window = Window(
             min(part.start_s for part in parts),
             max(part.end_s for part in parts),
@@ -147,6 +175,8 @@ class Pairing:
             low_j,
             high_j,
             sum(part.busy_s for part in parts) / sum(part.end_s - part.start_s for part in parts),
+            uncorrected_j,
+            evidence,
         )
         self._predicted_j += predicted_j
         self._measured_j += measured_j
@@ -157,6 +187,10 @@ class Pairing:
         increments.set("energylens_bias_ratio", self._predicted_j / self._measured_j - 1.0)
         inside = "inside" if low_j <= measured_j <= high_j else "outside"
         increments.add("energylens_compared_windows_total", 1.0, inside)
+        increments.add("energylens_uncorrected_energy_joules_total", uncorrected_j)
+        increments.add("energylens_uncorrected_absolute_error_joules_total", abs(uncorrected_j - measured_j))
+        if evidence is not None and self._learner is not None:
+            increments.add("energylens_learning_windows_total", 1.0, self._learner.learn(evidence))
         for listener in self.listeners:
             listener(window)
 
@@ -166,7 +200,7 @@ class _Timeline:
 
     def __init__(self) -> None:
         self._start_s = self._end_s = np.empty(0)
-        self._joules = np.empty((0, 3))  # predicted, low, high; NaN where there is no prediction
+        self._joules = np.empty((0, len(_COLUMNS)))  # NaN where there is no prediction
         self.last_end_s = float("-inf")
 
     def extend(self, steps: Sequence[Step], predictions: Predictions | None) -> None:
@@ -176,16 +210,16 @@ class _Timeline:
         start_s = np.array([step.start_s for step in steps])
         before_s = np.concatenate([[self.last_end_s], end_s[:-1]])
         start_s = np.where(start_s - before_s < IDLE_GAP_S, before_s, start_s)
-        joules = np.full((len(steps), 3), np.nan)
+        joules = np.full((len(steps), len(_COLUMNS)), np.nan)
         if predictions is not None:
-            joules = np.column_stack([predictions.energy_j, predictions.low_j, predictions.high_j])
+            joules = _columns(predictions)
         self.last_end_s = float(end_s[-1])
         self._start_s = np.concatenate([self._start_s, start_s])
         self._end_s = np.concatenate([self._end_s, end_s])
         self._joules = np.concatenate([self._joules, joules])
 
     def between(self, start_s: float, end_s: float) -> tuple[Array, float, bool]:
-        """Joules (predicted, low, high) and seconds of the steps inside, and whether all of them are predicted."""
+        """Joules (as `_COLUMNS`) and seconds of the steps inside, and whether all of them are predicted."""
         here = slice(
             int(np.searchsorted(self._end_s, start_s, side="right")), int(np.searchsorted(self._start_s, end_s))
         )
@@ -198,3 +232,12 @@ class _Timeline:
         """Drop the steps that ended before."""
         kept = slice(int(np.searchsorted(self._end_s, before_s)), None)
         self._start_s, self._end_s, self._joules = self._start_s[kept], self._end_s[kept], self._joules[kept]
+
+
+def _columns(predictions: Predictions) -> Array:
+    """What is kept of each step."""
+    energy_j, correction = predictions.energy_j, predictions.correction
+    bounds = (predictions.low_j, predictions.high_j, predictions.phases["prefill"])
+    if correction is None:
+        return np.column_stack([energy_j, *bounds, energy_j, energy_j, np.zeros((len(energy_j), len(ENERGY)))])
+    return np.column_stack([energy_j, *bounds, correction.uncorrected_j, correction.intercept_j, correction.slopes_j])

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.serving.batch import Batch
+from energylens_vllm.serving.correction import Correction, correct
+from energylens_vllm.serving.learning import Learner
 from energylens_vllm.serving.metrics import COMPONENTS, PHASES, WASTES
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Predictions:
     high_j: Array
     flags: frozenset[str] = frozenset()  #: those of every step
     waste: Mapping[str, Array] = field(default_factory=dict)  #: some of `metrics.WASTES`; parts of `energy_j`
+    correction: Correction | None = None  #: what learning needs, if they are corrected by it
 
 
 class Predictor(Protocol):
@@ -44,10 +47,11 @@ class Predictor(Protocol):
 
 
 class ModelPredictor:
-    """Predicts with the step model of the engine's deployment."""
+    """Predicts with the step model of the engine's deployment, and with what a `learner` has learnt of its GPUs."""
 
     def __init__(self, model: EnergyModel) -> None:
         self.model = model
+        self.learner: Learner | None = None
 
     def predict(self, batches: Sequence[Batch]) -> Predictions:
         """All batches at once: many steps cost the step model little more than one."""
@@ -55,7 +59,9 @@ class ModelPredictor:
 
         rows = Rows.of(batches)
         steps = steps_from_arrays(rows.new, rows.computed, rows.offsets, self.model.masks, rows.decode)
-        predicted = self.model.predict(steps)
+        predicted, correction = self.model.predict(steps), None
+        if self.learner is not None:
+            predicted, correction = correct(self.model, self.learner, steps, predicted)
         nothing = np.zeros(len(batches))
         return Predictions(
             time_s=predicted.time_s,
@@ -66,6 +72,7 @@ class ModelPredictor:
             high_j=predicted.high_j,
             flags=predicted.flags,
             waste=dict(zip(WASTES, (predicted.waste_j, predicted.padding_j), strict=True)),
+            correction=correction,
         )
 
 

@@ -53,6 +53,15 @@ class Settings:
         "that runs out of work reports at once.",
     )
     meter: bool = setting(True, "Whether to read the energy of the engine's GPUs, where it has any.")
+    learning: bool = setting(
+        True,
+        "Whether predictions follow the meter: a few factors on the profile's coefficients, within bounds "
+        "(docs/learning.md). On, because one GPU differs from another of its kind by 10 %. What the profile alone "
+        "predicts is exported beside it.",
+    )
+    learning_folder: str | None = setting(
+        "~/.cache/energylens", "Where what was learnt is kept over restarts, a file for each engine; empty: nowhere."
+    )
     attribution: bool = setting(
         False, "Whether to say what each request costs: docs/attribution.md. It is off by default for what it costs."
     )

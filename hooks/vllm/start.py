@@ -79,11 +79,12 @@ def _start(vllm_config: Any, chosen: settings.Settings) -> Started:
 
 def _listen(observer: StepObserver, vllm_config: Any, chosen: settings.Settings) -> None:
     """Measure and attribute, as far as is wanted. Raises if it cannot attribute, but only if the plugin is required."""
+    engine = vllm_config.parallel_config.data_parallel_index
     with observer.guard.at("start"):
         if chosen.meter and (found := gpus_of(vllm_config)) is not None:
-            measure(observer, *found)
+            measure(observer, *found, chosen, engine)
     try:
-        attribute(observer, chosen, vllm_config.parallel_config.data_parallel_index)
+        attribute(observer, chosen, engine)
     except Exception:
         if status.is_required():
             raise

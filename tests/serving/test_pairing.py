@@ -173,6 +173,8 @@ def test_what_is_not_known_is_not_compared() -> None:
         "compared_energy_joules_total predicted": 90.0,
         "compared_energy_joules_total measured": 100.0,
         "absolute_error_joules_total": 10.0,
+        "uncorrected_energy_joules_total": 90.0,
+        "uncorrected_absolute_error_joules_total": 10.0,
     }
 
 
