@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "what another fusion of a network saves",
     "simulate": "try routing policies on a trace: joules, latencies and attainment of a fleet",
     "replay": "predict recorded steps and score them against what was measured",
+    "record": "record the steps of a running server, for replay",
     "calibrate": "measure a GPU of this machine and write its profile",
     "monitor": "start Prometheus with the energy rules beside a running vLLM",
     "doctor": "check vLLM, the plugin, the GPUs and the settings of this machine",

@@ -36,14 +36,13 @@ from energylens_vllm.calibrate.measure import Outcome, Progress, measure
 from energylens_vllm.calibrate.measured import Log, write_atomically
 from energylens_vllm.calibrate.points import points
 from energylens_vllm.calibrate.profile_fit import Fitted, Machine, fit_points, report, start_profile
-from energylens_vllm.cli.table import percent, quantity, table
+from energylens_vllm.cli.table import percent, quantity, seconds, table
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.hardware import GpuProfile, known_gpus, load_profile
 from energylens_vllm.serving.start import gpu_of
 
 #: How much longer than the fastest budget: what idle, memory and one GEMM take.
 SHORTEST_BUDGET_S = 20.0
-UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="PROFILE.json", help="the profile to write (default: GPU's name)")
     parser.add_argument(
-        "--budget", type=_seconds, default=300.0, metavar="TIME",
+        "--budget", type=seconds, default=300.0, metavar="TIME",
         help="time for measuring, such as 5m (default) or 90s; points that do not fit are left out, and said to be",
     )  # fmt: skip
     parser.add_argument(
@@ -237,13 +236,6 @@ class _Bar:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time; accepted: such as 5m or 90s")
-    return float(found.group(1)) * UNITS_S[found.group(2)]
 
 
 def _version(package: str) -> str | None:

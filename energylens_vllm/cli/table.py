@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 _PREFIXES = (
@@ -43,3 +45,14 @@ def quantity(value: float, unit: str) -> str:
 def percent(value: float, signed: bool = False) -> str:
     """A fraction as a percentage with one decimal; "-" for not known (NaN)."""
     return "-" if math.isnan(value) else f"{value:{'+' if signed else ''}.1%}"
+
+
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(text: str) -> float:
+    """A time that people write, such as "5m", in seconds; for argparse."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; accepted: such as 90s or 5m")
+    return float(found.group(1)) * _SECONDS[found.group(2)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from energylens_vllm.meter import Backend, Meter
 from energylens_vllm.serving.attribution import Attribution
@@ -13,6 +17,7 @@ from energylens_vllm.serving.measurement import Measurement
 from energylens_vllm.serving.observer import StepObserver
 from energylens_vllm.serving.pairing import Pairing
 from energylens_vllm.serving.predictor import ModelPredictor
+from energylens_vllm.serving.recording import StepRecording, forget
 from energylens_vllm.serving.request_log import RequestLog
 from energylens_vllm.serving.settings import Settings
 from energylens_vllm.serving.shares import Prices, Spared
@@ -72,6 +77,25 @@ def attribute(observer: StepObserver, settings: Settings, engine: int = 0) -> No
     observer.report_interval_s = min(observer.report_interval_s, MOST_UNCHARGED_S)
     observer.attribution = attribution
     observer.listeners.append(attribution)
+
+
+def record(observer: StepObserver, settings: Settings, about: Mapping[str, Any], engine: int = 0) -> None:
+    """Be ready to record for whoever asks (`energylens record`), if the settings say where. `about` is told of the
+    engine, beside its process, index and GPU."""
+    if not settings.recording_folder:
+        return
+    folder, name = Path(settings.recording_folder).expanduser(), f"{os.getpid()}-{engine}"
+    note: dict[str, Any] = {**about, "pid": os.getpid(), "parent": os.getppid(), "engine": engine}
+    sizes: Sequence[int] | None = None
+    if (predictor := _predictor(observer)) is not None:
+        deployment = predictor.model.deployment
+        note["gpu"], sizes = deployment.gpu, deployment.capture_sizes
+    recording = StepRecording(folder, name, note, sizes, observer.clock)
+    atexit.register(forget, folder, name)
+    for listener in observer.listeners:
+        if isinstance(listener, Measurement):
+            listener.watchers.append(recording.read)
+    observer.listeners.append(recording)
 
 
 def _predictor(observer: StepObserver) -> ModelPredictor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from energylens_vllm.meter import Meter, Reading, State
 from energylens_vllm.serving.increments import Increments
@@ -27,6 +27,7 @@ class Measurement:
         self.meter = meter
         self._pairing = pairing
         self._last_end_s: dict[str, float] = {}
+        self.watchers: list[Callable[[Sequence[Reading]], None]] = []  #: get each report's readings
 
     def __call__(self, steps: Sequence[Step], predictions: Predictions | None, increments: Increments) -> None:
         """Add what was read since the last report, then compare."""
@@ -39,6 +40,8 @@ class Measurement:
         now_s = self.meter.clock()
         for gpu, end_s in self._last_end_s.items():
             increments.set("energylens_gpu_reading_age_seconds", now_s - end_s, gpu)
+        for watcher in self.watchers:
+            watcher(readings)
         if self._pairing is not None:
             self._pairing.add(readings)
             self._pairing(steps, predictions, increments)

@@ -71,6 +71,11 @@ class Settings:
     request_log: str | None = setting(
         None, "With `attribution`, a file that gets a line of JSON for each finished request; rotated at 64 MiB."
     )
+    recording_folder: str | None = setting(
+        "~/.cache/energylens/engines",
+        "Where an engine leaves a note by which `energylens record` finds it, and what that records; empty: nowhere. "
+        "It is the user's own folder: nobody else can ask, and only sizes of batches are recorded.",
+    )
     routing: bool = setting(
         False, "Whether to tell routers, each second, what the engine holds and what one more request would cost there."
     )

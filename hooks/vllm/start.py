@@ -12,7 +12,7 @@ from energylens_vllm.hooks.vllm.deployment import describe
 from energylens_vllm.hooks.vllm.gpus import gpus_of
 from energylens_vllm.hooks.vllm.live import looker
 from energylens_vllm.serving import settings
-from energylens_vllm.serving.listen import attribute, measure
+from energylens_vllm.serving.listen import attribute, measure, record
 from energylens_vllm.serving.metrics import PREDICTOR_STATES
 from energylens_vllm.serving.observer import StepObserver
 from energylens_vllm.serving.replica import tell_routers
@@ -83,6 +83,9 @@ def _listen(observer: StepObserver, vllm_config: Any, chosen: settings.Settings)
     with observer.guard.at("start"):
         if chosen.meter and (found := gpus_of(vllm_config)) is not None:
             measure(observer, *found, chosen, engine)
+    with observer.guard.at("start"):
+        described = describe(vllm_config)
+        record(observer, chosen, {"config": described.config, "deployment": described.deployment}, engine)
     try:
         attribute(observer, chosen, engine)
     except Exception:
