@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "hooks"))
+from ray_python import ray_python  # noqa: E402
 
 #: marker -> whether this machine has what it needs
 AVAILABLE: dict[str, Callable[[], bool]] = {
@@ -21,6 +23,9 @@ AVAILABLE: dict[str, Callable[[], bool]] = {
     "releases": lambda: importlib.util.find_spec("vllm") is not None,
     "prometheus": lambda: shutil.which("prometheus") is not None and shutil.which("promtool") is not None,
     "chromium": lambda: shutil.which("chromium") is not None,
+    "ray": lambda: ray_python() is not None,
+    "litellm": lambda: Path(os.environ.get("LITELLM_VENV", ROOT / ".venv-litellm"), "bin", "litellm").exists(),
+    "haproxy": lambda: shutil.which("haproxy") is not None,
     "compose": lambda: shutil.which("docker-compose") is not None,
 }
 
