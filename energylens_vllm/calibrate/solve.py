@@ -10,7 +10,7 @@ import numpy as np
 from energylens_vllm.energy.batch import Array
 
 #: Steps in which the gradient is taken and the damping moves; and when an iteration's gain is too small to go on.
-STEP, FASTER, SLOWER, ENOUGH = 1e-3, 0.3, 4.0, 1e-7
+STEP, FASTER, SLOWER, ENOUGH = 1e-3, 0.3, 4.0, 1e-5
 MOST_ITERATIONS = 60
 
 
