@@ -117,7 +117,7 @@ def serve_apart(
 
 def _send(model: EnergyModel, sent: float, across_nodes: bool) -> tuple[float, float]:
     """Seconds, and joules at both ends, of `sent` bytes from one GPU to another."""
-    collectives = Collectives.load(model.profile.name, model.profile.nvlink)
+    collectives = Collectives.of(model.profile)
     node = collectives.interconnect
     if across_nodes:
         seconds = node["network_hop_s"] + sent / node["network_bandwidth_bytes_per_s"]

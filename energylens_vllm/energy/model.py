@@ -113,7 +113,7 @@ class EnergyModel:
         self.kernels = kernels = self.cascade.kernels(element, mesh)
         #: masks of the network's attention, in the order in which `Steps.attention` has to be
         self.masks: tuple[Mask, ...] = tuple(dict.fromkeys(k.attention.mask for k in kernels if k.attention))
-        self._collectives = Collectives.load(self.profile.name, self.profile.nvlink)
+        self._collectives = Collectives.of(self.profile)
         launched = [
             tuple(replace(kernel, stage=0) for kernel in kernels if kernel.stage == stage) for stage in range(mesh.pp)
         ]
