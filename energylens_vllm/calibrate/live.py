@@ -81,50 +81,63 @@ def joined(runs: Sequence[Run]) -> Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lived:
-    """What came of it: each compared window, all readings, and what was learnt."""
+    """What came of it: each compared window, and what was learnt."""
 
     windows: list[Window]
-    readings: list[Reading]
     learner: Learner | None
     increments: Increments
 
 
-def live(run: Run, model: EnergyModel, learn: bool = True, window_s: float = WINDOW_S) -> Lived:
-    """Serve `run` with the predictions of `model`, report by report."""
+def readings_of(run: Run) -> list[Reading]:
+    """What a meter reports of it."""
+    track, readings = Track("0", "gpu"), []
+    events = [(s, 0, watts) for s, watts in run.power.tolist()] + [(s, 1, j) for s, j in run.counter.tolist()]
+    for at_s, is_counter, value in sorted(events):
+        if not is_counter:
+            track.add_power(at_s, value)
+        elif (reading := track.add_counter(at_s, value)) is not None:
+            readings.append(reading)
+    return readings
+
+
+def live(
+    steps: Sequence[Step],
+    readings: Sequence[Reading],
+    model: EnergyModel,
+    learn: bool = True,
+    window_s: float = WINDOW_S,
+) -> Lived:
+    """Serve `steps`, in order, with the predictions of `model`, and show it `readings`, report by report."""
     predictor, increments, now_s = ModelPredictor(model), Increments(), [0.0]
-    learning = None
+    num_gpus, learning = model.deployment.num_gpus, None
     if learn:
         predictor.learner = Learner(model)
         learning = Learning(predictor.learner)
     windows: list[Window] = []
-    readings: list[Reading] = []
-    pairing = Pairing(1, model.idle_power_w, lambda: now_s[0], window_s, learner=predictor.learner)
+    pairing = Pairing(
+        num_gpus, model.idle_power_w / num_gpus, lambda: now_s[0], window_s,
+        metered=len({reading.gpu for reading in readings}), learner=predictor.learner,
+    )  # fmt: skip
     pairing.listeners.append(windows.append)
-    track = Track("0", "gpu")
-    events = [(s, 0, watts) for s, watts in run.power.tolist()] + [(s, 1, j) for s, j in run.counter.tolist()]
-    events.sort()
-    event = step = 0
-    while event < len(events):
-        now_s[0] = events[event][0] + REPORT_S
-        while event < len(events) and events[event][0] <= now_s[0]:
-            at_s, is_counter, value = events[event]
-            if not is_counter:
-                track.add_power(at_s, value)
-            elif (reading := track.add_counter(at_s, value)) is not None:
-                readings.append(reading)
-                pairing.add([reading])
-            event += 1
+    readings = sorted(readings, key=lambda reading: reading.end_s)
+    step, read = 0, 0
+    while read < len(readings):
+        now_s[0] = readings[read].end_s + REPORT_S
+        first = read
+        while read < len(readings) and readings[read].end_s <= now_s[0]:
+            read += 1
+        pairing.add(readings[first:read])
         first = step
-        while step < len(run.steps) and run.steps[step].end_s <= now_s[0]:
+        while step < len(steps) and steps[step].end_s <= now_s[0]:
             step += 1
-        ended = run.steps[first:step]
-        if step < len(run.steps):  # the one that runs now
-            now_s[0] = min(now_s[0], max(run.steps[step].start_s, run.steps[step - 1].end_s if step else 0.0))
+        ended = steps[first:step]
+        if step < len(steps):  # the one that runs now
+            now_s[0] = min(now_s[0], max(steps[step].start_s, steps[step - 1].end_s if step else 0.0))
         predicted = predictor.predict([each.batch for each in ended]) if ended else None
         pairing(ended, predicted, increments)
         if learning is not None:
             learning(ended, predicted, increments)
-    return Lived(windows, readings, predictor.learner, increments)
+    return Lived(windows, predictor.learner, increments)
 
 
 def wmape(windows: Sequence[Window], corrected: bool = True) -> float:

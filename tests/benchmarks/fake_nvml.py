@@ -2,13 +2,21 @@
 
 import time
 
-NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+NVML_SUCCESS, NVML_ERROR_INVALID_ARGUMENT, NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_NO_PERMISSION = 0, 2, 3, 4
+NVML_ERROR_NOT_FOUND, NVML_ERROR_LIBRARY_NOT_FOUND, NVML_ERROR_FUNCTION_NOT_FOUND = 6, 12, 13
+NVML_DEVICE_MIG_ENABLE, NVML_FI_DEV_POWER_AVERAGE, NVML_POWER_SCOPE_GPU = 1, 185, 0
+nvmlClocksEventReasonSwPowerCap, nvmlClocksEventReasonHwSlowdown = 0x4, 0x8
+nvmlClocksEventReasonSwThermalSlowdown, nvmlClocksEventReasonHwThermalSlowdown = 0x20, 0x40
+nvmlClocksEventReasonHwPowerBrakeSlowdown = 0x80
 POWER_W = 150.0
 _start_s = time.perf_counter()
 
 
 class NVMLError(Exception):
-    pass
+    def __init__(self, value=NVML_ERROR_NOT_SUPPORTED):
+        super().__init__(f"error {value}")
+        self.value = value
 
 
 class _Memory:
@@ -17,6 +25,34 @@ class _Memory:
 
 def nvmlInit():
     pass
+
+
+def nvmlShutdown():
+    pass
+
+
+def nvmlDeviceGetCount():
+    return 8
+
+
+def nvmlDeviceGetIndex(gpu):
+    return gpu
+
+
+def nvmlDeviceGetUUID(gpu):
+    return f"GPU-{gpu}"
+
+
+def nvmlDeviceGetMigMode(gpu):
+    return [0, 0]
+
+
+def nvmlDeviceGetC2cModeInfoV(gpu):
+    raise NVMLError
+
+
+def nvmlDeviceGetCurrentClocksEventReasons(gpu):
+    return nvmlClocksEventReasonSwPowerCap
 
 
 def nvmlSystemGetDriverVersion():
