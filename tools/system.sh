@@ -3,7 +3,7 @@
 set -euo pipefail
 missing=()
 if ! { command -v prometheus && command -v promtool; } >/dev/null; then missing+=(prometheus); fi
-for program in chromium docker-compose; do
+for program in chromium docker-compose haproxy; do
     if ! command -v "$program" >/dev/null; then missing+=("$program"); fi
 done
 if [ ${#missing[@]} -gt 0 ]; then

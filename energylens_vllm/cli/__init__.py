@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": "predict recorded steps and score them against what was measured",
     "record": "record the steps of a running server, for replay",
     "calibrate": "measure a GPU of this machine and write its profile",
+    "agent": "weigh vLLM replicas for HAProxy by the energy that a request adds there",
     "monitor": "start Prometheus with the energy rules beside a running vLLM",
     "doctor": "check vLLM, the plugin, the GPUs and the settings of this machine",
     "models": "list the models that are known by name",

@@ -60,6 +60,7 @@ _FLAGS = ("enable_expert_parallel", "enforce_eager")
 class Page:
     """What a replica's /metrics says; counts are of its mean engine."""
 
+    engines: int
     sampled_s: float  #: by its clock
     held: float
     waiting_tokens: float
@@ -102,6 +103,7 @@ def read(text: str) -> Page | None:
         raise EnergyLensError(f"{wrong[0]}: {sums.get(wrong[0])} is not finite, or negative")
     engines = len(sampled)
     return Page(
+        engines=engines,
         sampled_s=min(sampled.values()),
         held=sums["held_requests"] / engines,
         waiting_tokens=sums["waiting_tokens"] / engines,
@@ -119,9 +121,15 @@ def read(text: str) -> Page | None:
 
 
 class History:
-    """Makes a report of each page of one replica: rates need the page before."""
+    """Makes a report of each page of one replica: rates need the page before.
+
+    `arrivals_per_s` is of all its engines; the means are of requests that have ended lately, None before any has.
+    """
 
     def __init__(self) -> None:
+        self.arrivals_per_s = 0.0
+        self.mean_prompt: float | None = None
+        self.mean_output: float | None = None
         self._last: Page | None = None
         self._report: Report | None = None
         self._time_factor, self._prefill_rate = 1.0, 0.0
@@ -138,11 +146,17 @@ class History:
                 self._time_factor += LEARNING * (measured_s / predicted_s - self._time_factor)
             rate = (page.prefill_tokens - last.prefill_tokens) / (page.sampled_s - last.sampled_s)
             self._prefill_rate += LEARNING * (max(rate, 0.0) - self._prefill_rate)
+            came = page.ended - last.ended + (page.held - last.held) * page.engines
+            self.arrivals_per_s += LEARNING * (
+                max(came, 0.0) / (page.sampled_s - last.sampled_s) - self.arrivals_per_s
+            )  # fmt: skip
             if (new := round(page.ended - last.ended)) > 0:
                 # A histogram tells sums: all that ended in this second are taken for as long as their mean.
                 prompt = round((page.ended_prompt_tokens - last.ended_prompt_tokens) / new)
                 output = round((page.ended_output_tokens - last.ended_output_tokens) / new)
                 ended = ((prompt, output),) * min(new, MOST_ENDED)
+                self.mean_prompt = _learnt(self.mean_prompt, prompt)
+                self.mean_output = _learnt(self.mean_output, output)
         self._last = page
         self._report = Report(
             sampled_s=page.sampled_s,
@@ -156,6 +170,10 @@ class History:
             ended=ended,
         )
         return self._report
+
+
+def _learnt(before: float | None, now: float) -> float:
+    return now if before is None else before + LEARNING * (now - before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +260,10 @@ class Scraper:
         """Read all replicas now, one after the other."""
         for key, scraped in self._copy():
             self._look(key, scraped)
+
+    def histories(self) -> list[History]:
+        """Those of all replicas."""
+        return [scraped.history for _, scraped in self._copy()]
 
     def problem(self, key: str) -> str:
         """What is wrong with a replica; "" if nothing is."""
