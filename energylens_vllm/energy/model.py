@@ -26,7 +26,7 @@ from energylens_vllm.energy.kernel_time import expert_tile_rows
 from energylens_vllm.energy.overlap import OVERLAP_STD, DualBatch, DualBatchStep, Overlap, StagedStep
 from energylens_vllm.energy.precision import format_of, kernel_format, widths
 from energylens_vllm.energy.queueing import OpenServing, serve_openly
-from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing
+from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing, imbalance
 from energylens_vllm.energy.serving import ServingPrediction, serve
 from energylens_vllm.energy.speculative import Speculation
 from energylens_vllm.energy.step import COMPONENTS, Evaluated, Exchanged, GpuStep
@@ -90,7 +90,8 @@ class EnergyModel:
 
     `config`: a Hugging Face config (dict), the path of one or of a cascade in YAML, a known name, or a `Cascade`.
     `profile` takes the place of the one that the deployment names (for fits). `overlap`: how collectives run beside
-    computation, see energy/overlap.py; None: after it.
+    computation, see energy/overlap.py; None: after it. `expert_counts`: how often tokens have selected each expert, of
+    shape (experts,) or (layers, experts), in place of the deployment's `expert_routing`.
     Raises EnergyLensError for a network, a GPU or a sharding that is not known.
     """
 
@@ -100,8 +101,11 @@ class EnergyModel:
         deployment: Deployment | None = None,
         profile: GpuProfile | None = None,
         overlap: Overlap | DualBatch | None = None,
+        expert_counts: npt.ArrayLike | None = None,
     ) -> None:
         self.deployment = deployment = deployment or Deployment()
+        self._overlap, self._expert_counts = overlap, expert_counts
+        self._counted: dict[tuple[ExpertShape, str], LoadTable] = {}  #: tables of `expert_counts`
         self.cascade, quantization = _cascade(config, deployment)
         self.quantization = quantization
         self.profile = profile or load_profile(deployment.gpu)
@@ -218,6 +222,24 @@ class EnergyModel:
         """
         return serve_openly(self, rate_per_s, prompt_tokens, output_tokens, prefix_cache_hit_rate)
 
+    def with_expert_counts(self, counts: npt.ArrayLike) -> EnergyModel:
+        """The same model with the routing that was counted (see `expert_counts`). Its first step raises EnergyLensError
+        if they do not suit the network."""
+        deployment = replace(self.deployment, quantization=self.quantization)
+        return EnergyModel(self.cascade, deployment, self.profile, self._overlap, counts)
+
+    @property
+    def expert_imbalance(self) -> float:
+        """Rows of the expert-parallel rank with most over those of the mean rank, in large batches; mean over layers.
+        1 is balance, or a network without experts."""
+        ratios, layers = [], []
+        for kernel in self.kernels:
+            if kernel.experts is not None:
+                chances, copies = self._routing(kernel.experts)
+                ratios.append(imbalance(chances, placement(kernel.experts, chances, copies)))
+                layers.append(kernel.count)
+        return float(np.average(ratios, weights=layers)) if ratios else 1.0
+
     @property
     def idle_power_w(self) -> float:
         """Power of all GPUs of the deployment while an engine waits for requests."""
@@ -275,10 +297,25 @@ class EnergyModel:
         shape = kernel.experts
         assert shape is not None
         form = kernel_format(format_of(self.quantization), kernel)
-        deployment = self.deployment
-        copies = deployment.num_redundant_experts if deployment.enable_eplb else None
-        table = _load_table(shape, form, self.profile.small_expert_tiles, deployment.expert_routing, copies)
-        return table(tokens * deployment.data_parallel_size)
+        small_tiles = self.profile.small_expert_tiles
+        if self._expert_counts is None:
+            table = _load_table(shape, form, small_tiles, self.deployment.expert_routing, self._copies)
+        elif (shape, form) in self._counted:
+            table = self._counted[shape, form]
+        else:
+            table = self._counted[shape, form] = _table(shape, form, small_tiles, *self._routing(shape), every=5)
+        return table(tokens * self.deployment.data_parallel_size)
+
+    @property
+    def _copies(self) -> int | None:
+        return self.deployment.num_redundant_experts if self.deployment.enable_eplb else None
+
+    def _routing(self, shape: ExpertShape) -> tuple[Routing, int | None]:
+        """How tokens choose experts, and redundant experts (see `placement`)."""
+        experts, counts = shape.total - (self._copies or 0), self._expert_counts
+        if counts is None:
+            return Routing.parse(self.deployment.expert_routing, experts, shape.selected), self._copies
+        return Routing.counted(counts, experts, shape.selected), self._copies
 
     def _gpu_step(self, overlap: Overlap | DualBatch | None, *arguments: Any) -> GpuStep:
         if overlap is None:
@@ -294,14 +331,25 @@ class EnergyModel:
 
 @cache
 def _load_table(shape: ExpertShape, form: str, small_tiles: bool, routing: str, copies: int | None) -> LoadTable:
-    """`copies`: redundant experts of a balanced placement, which `shape.total` counts; None: experts in order."""
     chances = Routing.parse(routing, shape.total - (copies or 0), shape.selected)
-    ranks = round(shape.total / shape.local)
+    return _table(shape, form, small_tiles, chances, copies)
+
+
+def _table(
+    shape: ExpertShape, form: str, small_tiles: bool, chances: Routing, copies: int | None, every: int = 1
+) -> LoadTable:
     return LoadTable.build(
         chances,
-        Placement.linear(shape.total, ranks) if copies is None else Placement.balanced(chances, ranks, copies),
+        placement(shape, chances, copies),
         lambda tokens: expert_tile_rows(small_tiles, form, tokens, shape.local),
+        every=every,
     )
+
+
+def placement(shape: ExpertShape, chances: Routing, copies: int | None) -> Placement:
+    """Experts on ranks. `copies`: redundant ones of a balanced placement, which `shape.total` has; None: in order."""
+    ranks = round(shape.total / shape.local)
+    return Placement.linear(shape.total, ranks) if copies is None else Placement.balanced(chances, ranks, copies)
 
 
 def _cascade(

@@ -82,6 +82,28 @@ PREDICTION = (
         (("reason", WASTES),),
     ),
     Metric(
+        "energylens_expert_selections_total",
+        "counter",
+        "selections",
+        "Selections of an expert by a token that were counted (with the setting `learn_expert_routing`).",
+    ),
+    Metric(
+        "energylens_expert_hottest_ratio",
+        "gauge",
+        "",
+        "How often a layer's most wanted expert was selected, over its mean expert; mean of the layers (with the "
+        "setting `learn_expert_routing`, once enough is counted).",
+        from_start=False,
+    ),
+    Metric(
+        "energylens_expert_imbalance_ratio",
+        "gauge",
+        "",
+        "Rows of the expert-parallel rank that has most, over those of the mean rank, in large batches; mean of the "
+        "layers. 1 is balance (with the setting `learn_expert_routing`, once predictions follow it).",
+        from_start=False,
+    ),
+    Metric(
         "energylens_predicted_energy_bound_joules_total",
         "counter",
         "joules",

@@ -47,6 +47,11 @@ class Settings:
         "By default the GPU that vLLM runs on. On a machine without a known GPU it is H200-SXM, and every step is "
         "flagged `reference_gpu`.",
     )
+    learn_expert_routing: bool = setting(
+        False,
+        "Whether workers count how tokens choose experts, for predictions to follow: docs/plugin.md. Off by default: "
+        "it adds a copy to each layer of experts, and has been tried on CPUs only.",
+    )
     report_interval_s: float = setting(
         5.0,
         "Seconds between a busy engine's reports to the API servers, so how far /metrics may lag behind. An engine "

@@ -10,6 +10,7 @@ What is changed in vLLM, all of it in memory and by name, so that a release that
 | `SyncMPClient.__init__` | tells the engine of an offline `LLM` that nobody listens while it is idle | `engine` |
 | `SchedulerStats` | one more field, which carries reports to the API servers | `transport` |
 | `StatLoggerManager.__init__` | one more stat logger, which exports them | `stat_logger` |
+| `Worker.load_model` | counts how tokens choose experts, with `learn_expert_routing` | `expert_counts` |
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from energylens_vllm.hooks.vllm import status
 def register() -> None:
     """Prepare this process. Without `--plugin energylens` no failure leaves here: vLLM would stop."""
     try:
-        from energylens_vllm.hooks.vllm import engine, flags, late, log, scheduler, stat_logger, transport
+        from energylens_vllm.hooks.vllm import (
+            engine,
+            expert_counts,
+            flags,
+            late,
+            log,
+            scheduler,
+            stat_logger,
+            transport,
+        )
 
         log.follow_vllm()
         late.when_imported("vllm.engine.arg_utils", flags.install)
@@ -29,5 +39,6 @@ def register() -> None:
         late.when_imported("vllm.v1.engine.core_client", engine.install_client)
         late.when_imported("vllm.v1.metrics.stats", transport.install)
         late.when_imported("vllm.v1.metrics.loggers", stat_logger.install)
+        late.when_imported("vllm.v1.worker.gpu_worker", expert_counts.install)
     except Exception as error:
         status.unusable(error)

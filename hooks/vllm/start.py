@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
 from typing import Any
 
 from energylens_vllm.errors import EnergyLensError
@@ -11,7 +13,7 @@ from energylens_vllm.hooks.vllm.batch import Reader
 from energylens_vllm.hooks.vllm.deployment import describe
 from energylens_vllm.hooks.vllm.gpus import gpus_of
 from energylens_vllm.hooks.vllm.live import looker
-from energylens_vllm.serving import settings
+from energylens_vllm.serving import expert_counts, settings
 from energylens_vllm.serving.listen import attribute, measure, record
 from energylens_vllm.serving.metrics import PREDICTOR_STATES
 from energylens_vllm.serving.observer import StepObserver
@@ -42,6 +44,9 @@ def start_observer(scheduler: Any, vllm_config: Any) -> StepObserver | None:
             raise EnergyLensError(started.problem)
         observer = _observe(started, chosen.report_interval_s)
         _listen(observer, vllm_config, chosen)
+        if chosen.learn_expert_routing:
+            with observer.guard.at("start"):
+                _follow_experts(observer, vllm_config)
         if chosen.routing:
             with observer.guard.at("start"):
                 tell_routers(observer, chosen, looker(scheduler))
@@ -92,6 +97,12 @@ def _listen(observer: StepObserver, vllm_config: Any, chosen: settings.Settings)
         if status.is_required():
             raise
         observer.guard.failed("start")
+
+
+def _follow_experts(observer: StepObserver, vllm_config: Any) -> None:
+    at = expert_counts.folder(vllm_config.instance_id, vllm_config.parallel_config.data_parallel_index)
+    atexit.register(shutil.rmtree, at, ignore_errors=True)
+    expert_counts.follow(observer, at)
 
 
 def _observe(started: Started, report_interval_s: float) -> StepObserver:
