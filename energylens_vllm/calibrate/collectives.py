@@ -29,7 +29,7 @@ SIZES = tuple(2**power for power in (12, 15, 18, 21, 24, 26, 28))
 WINDOW_S, SETTLE_S = 1.3, 0.25
 #: Seconds of work that are enqueued at a time, and how many of those may wait.
 BURST_S, AHEAD = 20e-3, 4
-MOST_LAUNCHES = 1000
+MOST_LAUNCHES = 400
 #: From the start of the processes on; a peer that died makes the others wait for no longer.
 LIMIT_S, PEER_S = 150.0, 60.0
 
@@ -118,8 +118,9 @@ def _rank(
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast needs rights that containers often lack
         torch.cuda.set_device(device)
     dist.init_process_group(
-        backend, init_method=f"file://{folder}/store", rank=rank, world_size=gpus, timeout=timedelta(seconds=PEER_S)
-    )
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=gpus, timeout=timedelta(seconds=PEER_S),
+        device_id=device if backend == "nccl" else None,
+    )  # fmt: skip
     meter = None if counter is None else counter(rank)
     clock = _CudaClock(torch) if backend == "nccl" else _HostClock()
     _agree(torch, dist, device, 0.0)  # makes the communicator
