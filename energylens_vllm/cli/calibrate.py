@@ -21,6 +21,7 @@ import datetime
 import importlib.metadata
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -47,8 +48,9 @@ SHORTEST_BUDGET_S = 20.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--gpu-index", type=int, default=0, metavar="N", help="which of the visible GPUs, as CUDA counts (default 0)"
-    )
+        "--gpu-index", type=int, nargs="+", default=[0], metavar="N",
+        help="which of the visible GPUs, as CUDA counts (default 0); of several each gets a profile, PROFILE.N.json",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="PROFILE.json", help="the profile to write (default: GPU's name)")
     parser.add_argument(
         "--budget", type=seconds, default=300.0, metavar="TIME",
@@ -67,26 +69,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return run_collectives(args) if args.collectives else run_points(args)
+    if args.collectives:
+        return run_collectives(args)
+    if len(args.gpu_index) > 1:
+        return run_several(args)
+    return run_points(args, args.gpu_index[0])
 
 
-def run_points(args: argparse.Namespace) -> int:
+def run_several(args: argparse.Namespace) -> int:
+    """One GPU after the other, each in a process of its own: an idle GPU is one without a CUDA context."""
+    out = _out(args.out, open_device(args.gpu_index[0]).facts.name)
+    status = 0
+    for index in args.gpu_index:
+        command = [sys.executable, "-m", "energylens_vllm.cli", "calibrate", "--gpu-index", str(index)]
+        command += ["--out", str(out.with_suffix(f".{index}.json")), "--budget", f"{args.budget:g}s"]
+        command += ["--base", args.base] if args.base else []
+        command += [] if args.resume else ["--no-resume"]
+        _say(f"GPU {index}")
+        status = max(status, subprocess.run(command, check=False).returncode)
+    return status
+
+
+def run_points(args: argparse.Namespace, index: int) -> int:
     if args.budget < SHORTEST_BUDGET_S:
         raise CalibrationError(f"--budget: {args.budget:g} s; accepted: {SHORTEST_BUDGET_S:.0f} s or more, such as 5m")
-    device = open_device(args.gpu_index)
+    device = open_device(index)
     facts = device.facts
     base, same_gpu = base_profile(facts.name, args.base)
     out = _out(args.out, facts.name)
     if facts.processes:
         raise CalibrationError(
-            f"calibrate: {facts.processes} other processes compute on GPU {args.gpu_index}, whose joules would be "
+            f"calibrate: {facts.processes} other processes compute on GPU {index}, whose joules would be "
             "taken for ours; stop them first (nvidia-smi lists them)"
         )
     header = {
         "gpu": facts.name, "uuid": facts.uuid, "driver": facts.driver, "limit_w": facts.limit_w,
         "energylens": __version__, "torch": _version("torch"), "vllm": _version("vllm"),
     }  # fmt: skip
-    machine = Cuda(device, args.gpu_index)
+    machine = Cuda(device, index)
     log = Log(out.with_suffix(".points.jsonl"), header, args.resume)
     if log.measured:
         _say(f"goes on with {len(log.measured)} points of an earlier run in {log.path}; --no-resume measures all anew")
@@ -159,7 +179,7 @@ def summary(fitted: Fitted, outcome: Outcome) -> str:
 
 
 def run_collectives(args: argparse.Namespace) -> int:
-    device = open_device(args.gpu_index)
+    device = open_device(args.gpu_index[0])
     facts = device.facts
     out = _out(args.out, facts.name)
     profile = load_profile(out) if out.is_file() else base_profile(facts.name, args.base)[0]

@@ -339,6 +339,22 @@ def test_what_is_not_measured_is_in_the_profile(gpu: SimulatedGpu, capsys: pytes
     assert "not measured: experts bf16 of 16 tokens: no experts here" in capsys.readouterr().out
 
 
+def test_several_gpus_each_in_a_process(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    commands: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command[3:])
+        return subprocess.CompletedProcess(command, len(commands) - 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert cli.main(["calibrate", "--gpu-index", "0", "2", "--out", "all.json", "--budget", "2m"]) == 1
+    assert commands == [
+        ["calibrate", "--gpu-index", index, "--out", f"all.{index}.json", "--budget", "120s"] for index in ("0", "2")
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
