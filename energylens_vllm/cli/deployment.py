@@ -23,6 +23,12 @@ _FLAGS: dict[str, tuple[dict[str, object], str]] = {
     "expert_routing": ({"metavar": "HOW"}, "uniform, zipf:ALPHA, collapsed, or the path of a file of counts"),
     "enable_eplb": ({"action": "store_true"}, "experts placed by their load (needs -ep)"),
     "num_redundant_experts": ({"type": int, "metavar": "N"}, "copies of the most wanted experts, with --enable-eplb"),
+    "all2all_backend": ({"metavar": "NAME"}, "how tokens reach other ranks' experts, with -dp and -ep"),
+    "enable_dbo": ({"action": "store_true"}, "dual-batch overlap (needs an --all2all-backend of DeepEP)"),
+    "dbo_decode_token_threshold": ({"type": int, "metavar": "N"}, "least tokens of a decode that is split"),
+    "dbo_prefill_token_threshold": ({"type": int, "metavar": "N"}, "least tokens of another step that is split"),
+    "prefill_context_parallel_size": ({"type": int, "metavar": "N"}, "not modelled: accepted is 1"),
+    "decode_context_parallel_size": ({"type": int, "metavar": "N"}, "not modelled: accepted is 1"),
     "vllm_release": ({"metavar": "X.Y.Z"}, "release of vLLM (default: the one that the profile was measured with)"),
     "async_scheduling": (
         {"action": argparse.BooleanOptionalAction},

@@ -134,13 +134,15 @@ class Collectives:
         return timed.time_s, self.energy_j(timed).energy_j
 
     def expert_exchange_s(
-        self, kernel: str, tokens: npt.ArrayLike, hidden_size: int, selected: int, experts: int, size: int
-    ) -> CollectiveTime:
+        self, kernel: str, tokens: npt.ArrayLike, hidden_size: int, selected: int, experts: int, size: int,
+        element_bytes: float | None = None,
+    ) -> CollectiveTime:  # fmt: skip
         """A DeepEP dispatch or combine of `tokens` a rank, each to `selected` of `experts` over `size` ranks.
 
         `kernel`: "high_throughput_dispatch", "high_throughput_combine", "low_latency_dispatch" or
         "low_latency_combine". Beyond one node a token's copies cross the network once a node (high throughput) or
-        once an expert (low latency). Measured inside nodes of 8 GPUs under uniform routing.
+        once an expert (low latency). Measured inside nodes of 8 GPUs under uniform routing. `element_bytes`: on the
+        wire, if others than were measured (1 in dispatches, 2 in combines): bytes take time in proportion.
         """
         node = self.interconnect
         if kernel not in node.expert_exchange:
@@ -150,12 +152,14 @@ class Collectives:
         throughput = kernel.startswith("high_throughput")
         remote = 1 - 1 / size
         copies = remote * size * reached(selected, experts, size) if throughput else float(selected)
-        time_s = fit.latency_s + fit.expert_s * experts + count * hidden_size * (fit.element_s + fit.copy_s * copies)
+        wire = fit.element_bytes if element_bytes is None else element_bytes
+        sent = count * hidden_size * (fit.element_s + fit.copy_s * copies) * (wire / fit.element_bytes)
+        time_s = fit.latency_s + fit.expert_s * experts + sent
         nodes = math.ceil(size / node.gpus_per_node)
         crossing = 0.0
         if nodes > 1:
             crossing = (1 - 1 / nodes) * (nodes * reached(selected, experts, nodes) if throughput else selected)
-            network_s = count * hidden_size * fit.element_bytes * crossing / node["network_bandwidth_bytes_per_s"]
+            network_s = count * hidden_size * wire * crossing / node["network_bandwidth_bytes_per_s"]
             time_s = np.maximum(time_s, network_s) + node["network_hop_s"]
         outside = count > fit.max_tokens
         std = math.hypot(fit.std, NETWORK_STD if nodes > 1 else OTHER_SIZE_STD if size != node.gpus_per_node else 0.0)
@@ -164,7 +168,7 @@ class Collectives:
             time_s,
             np.where(outside, math.hypot(std, OTHER_BYTES_STD), std),
             outside | (size != node.gpus_per_node) | (not node.measured),
-            count * hidden_size * fit.element_bytes * copies,
+            count * hidden_size * wire * copies,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from energylens_vllm.einsum.kernel import Mesh
+from energylens_vllm.energy.expert_exchange import ALL2ALL_BACKENDS
 from energylens_vllm.energy.precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from energylens_vllm.errors import EnergyLensError, unknown
 
@@ -31,6 +32,8 @@ class Deployment:
     `vllm_release` ("0.25.1") None means the one that the profile was measured with, and `async_scheduling` None what is
     that release's default. `expert_routing`: how tokens spread over experts, see `Routing.parse`;
     `enable_eplb`, with `num_redundant_experts` copies (of vLLM's `--eplb-config`), places experts by their load.
+    `all2all_backend` and `enable_dbo` (dual-batch overlap) matter where data-parallel ranks share experts. Context
+    parallelism is not modelled: its degrees are there to be refused.
     Raises EnergyLensError naming the field, the value and what is accepted.
     """
 
@@ -50,6 +53,12 @@ class Deployment:
     expert_routing: str = "uniform"
     enable_eplb: bool = False
     num_redundant_experts: int = 0
+    all2all_backend: str = "allgather_reducescatter"
+    enable_dbo: bool = False
+    dbo_decode_token_threshold: int = 32
+    dbo_prefill_token_threshold: int = 512
+    prefill_context_parallel_size: int = 1
+    decode_context_parallel_size: int = 1
     cudagraph_capture_sizes: Sequence[int] | None = None
     power_limit_w: float | None = None
 
@@ -76,6 +85,15 @@ class Deployment:
             raise EnergyLensError(f"num_redundant_experts: {copies} needs enable_eplb")
         if self.enable_eplb and not self.enable_expert_parallel:
             raise EnergyLensError("enable_eplb: needs enable_expert_parallel")
+        if self.all2all_backend not in ALL2ALL_BACKENDS:
+            raise unknown("all2all_backend", self.all2all_backend, ALL2ALL_BACKENDS)
+        if self.enable_dbo and not ALL2ALL_BACKENDS[self.all2all_backend]:  # vllm/config/vllm.py
+            raise EnergyLensError(
+                "enable_dbo: needs an all2all_backend of DeepEP; accepted: deepep_high_throughput, deepep_low_latency"
+            )
+        for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+            if getattr(self, name) != 1:
+                raise EnergyLensError(f"{name}: {getattr(self, name)!r} is not modelled; accepted: 1")
         sizes = self.cudagraph_capture_sizes
         if sizes is not None:
             if any(not isinstance(size, int) or size < 1 for size in sizes):
@@ -93,8 +111,13 @@ class Deployment:
         tp, dp = self.tensor_parallel_size, self.data_parallel_size
         ep = tp * dp if self.enable_expert_parallel else 1
         return Mesh(
-            tp=tp, pp=self.pipeline_parallel_size, dp=dp, ep=ep, redundant_experts=self.num_redundant_experts
-        )  # fmt: skip
+            tp=tp,
+            pp=self.pipeline_parallel_size,
+            dp=dp,
+            ep=ep,
+            all2all=bool(ALL2ALL_BACKENDS[self.all2all_backend]),
+            redundant_experts=self.num_redundant_experts,
+        )
 
     @property
     def capture_sizes(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from energylens_vllm.einsum.kernel import ExpertShape, Mask
 from energylens_vllm.energy.batch import Array, Steps, steps_from_requests
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.deployment import Deployment
+from energylens_vllm.energy.expert_exchange import EXCHANGE_STD, ExpertExchanges
 from energylens_vllm.energy.factors import Factors
 from energylens_vllm.energy.interval import Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
@@ -104,6 +105,11 @@ class EnergyModel:
         expert_counts: npt.ArrayLike | None = None,
     ) -> None:
         self.deployment = deployment = deployment or Deployment()
+        if overlap is None and deployment.enable_dbo:
+            overlap = DualBatch(
+                decode_token_threshold=deployment.dbo_decode_token_threshold,
+                prefill_token_threshold=deployment.dbo_prefill_token_threshold,
+            )
         self._overlap, self._expert_counts = overlap, expert_counts
         self._counted: dict[tuple[ExpertShape, str], LoadTable] = {}  #: tables of `expert_counts`
         self.cascade, quantization = _cascade(config, deployment)
@@ -118,6 +124,14 @@ class EnergyModel:
         #: masks of the network's attention, in the order in which `Steps.attention` has to be
         self.masks: tuple[Mask, ...] = tuple(dict.fromkeys(k.attention.mask for k in kernels if k.attention))
         self._collectives = Collectives.of(self.profile)
+        form = format_of(quantization)
+        self._exchanges = ExpertExchanges(
+            self._collectives,
+            kernels,
+            deployment.all2all_backend,
+            deployment.tensor_parallel_size,
+            fp8=form is not None and form.kernel == "fp8_block",  # vLLM dispatches others in 16 bits
+        )
         launched = [
             tuple(replace(kernel, stage=0) for kernel in kernels if kernel.stage == stage) for stage in range(mesh.pp)
         ]
@@ -127,7 +141,7 @@ class EnergyModel:
                 each,
                 self.masks,
                 self.profile,
-                format_of(quantization),
+                form,
                 deployment.capture_sizes,
                 deployment.power_limit_w,
                 deployment.async_scheduling,
@@ -141,6 +155,8 @@ class EnergyModel:
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
         if overlap is not None:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
+        if self._exchanges:
+            self._uncertainty = self._uncertainty.wider("all2all_not_measured", EXCHANGE_STD)
         self.flags = self._uncertainty.flags
         self.factors = Factors()  #: on what the profile says of this very GPU
 
@@ -226,7 +242,8 @@ class EnergyModel:
         """The same model with the routing that was counted (see `expert_counts`). Its first step raises EnergyLensError
         if they do not suit the network."""
         deployment = replace(self.deployment, quantization=self.quantization)
-        return EnergyModel(self.cascade, deployment, self.profile, self._overlap, counts)
+        other = EnergyModel(self.cascade, deployment, self.profile, self._overlap, counts)
+        return other.with_factors(self.factors)
 
     @property
     def expert_imbalance(self) -> float:
@@ -321,10 +338,12 @@ class EnergyModel:
         if overlap is None:
             return GpuStep(*arguments)
         if isinstance(overlap, Overlap):
-            return StagedStep(overlap, self._collectives, *arguments)
-        return DualBatchStep(overlap, self._collectives, *arguments)
+            return StagedStep(overlap, self._collectives, self._exchanges, *arguments)
+        return DualBatchStep(overlap, self._collectives, self._exchanges, *arguments)
 
     def _exchange(self, kernel: Kernel, message_bytes: Array) -> Exchanged:
+        if (timed := self._exchanges.timed(kernel, message_bytes)) is not None:
+            return Exchanged(timed.time_s, self._collectives.energy_j(timed).energy_j)
         time_s, energy_j = self._collectives.kernel(kernel, message_bytes)
         return Exchanged(time_s, energy_j)
 

@@ -29,6 +29,7 @@ import numpy as np
 from energylens_vllm.einsum.kernel import Kernel
 from energylens_vllm.energy.batch import Array, Steps
 from energylens_vllm.energy.collectives import Collectives
+from energylens_vllm.energy.expert_exchange import ExpertExchanges
 from energylens_vllm.energy.step import Exchanged, GpuStep, Work, per_token
 from energylens_vllm.energy.timing import Timed
 from energylens_vllm.errors import EnergyLensError
@@ -61,8 +62,8 @@ class Overlap:
 @dataclass(frozen=True, slots=True)
 class DualBatch:
     """vLLM's dual-batch overlap: steps of as many tokens or more run as two halves. Defaults: vllm/config/parallel.py
-    (`dbo_decode_token_threshold`, `dbo_prefill_token_threshold`) and VLLM_DBO_COMM_SMS. vLLM does it with DeepEP's
-    kernels only; here the exchanges are those of the deployment."""
+    (`dbo_decode_token_threshold`, `dbo_prefill_token_threshold`) and VLLM_DBO_COMM_SMS. Exchanges are those of the
+    deployment's `all2all_backend`; vLLM does it with DeepEP's kernels (`Deployment.enable_dbo` asks for them)."""
 
     sms: int = 20
     decode_token_threshold: int = 32
@@ -87,11 +88,19 @@ def on_fewer_sms(profile: GpuProfile, sms: int) -> GpuProfile:
     return replace(profile.with_values(peaks, f"without {sms} SMs"), sm_count=profile.sm_count - sms)
 
 
-def driven_by(collectives: Collectives, gpu: str, sms: int, kernel: Kernel, message_bytes: Array) -> Exchanged:
-    """A collective of NCCL's that `sms` SMs drive."""
+def driven_by(
+    collectives: Collectives,
+    gpu: str,
+    sms: int,
+    kernel: Kernel,
+    message_bytes: Array,
+    exchanges: ExpertExchanges | None = None,
+) -> Exchanged:
+    """A collective of NCCL's, or one of the `exchanges`, that `sms` SMs drive."""
     shape = kernel.collective
     assert shape is not None
-    timed = collectives.time_s(shape.op, message_bytes, shape.size, "nccl")
+    timed = exchanges.timed(kernel, message_bytes) if exchanges else None
+    timed = timed or collectives.time_s(shape.op, message_bytes, shape.size, "nccl")
     rate = SM_LINK_BYTES_PER_S.get(gpu, SM_LINK_BYTES_PER_S["H100-SXM"])
     time_s = np.maximum(timed.time_s, timed.wire_bytes / (sms * rate))
     node = collectives.interconnect
@@ -144,10 +153,10 @@ def _repeats(collective: Kernel, kernel: Kernel) -> bool:
 class StagedStep(GpuStep):
     """A GPU that overlaps pairs in stages. `arguments`: GpuStep's."""
 
-    def __init__(self, overlap: Overlap, collectives: Collectives, *arguments: Any) -> None:
+    def __init__(self, overlap: Overlap, collectives: Collectives, exchanges: ExpertExchanges, *arguments: Any) -> None:
         super().__init__(*arguments)
         kernels, masks, profile, *rest = arguments
-        self.overlap, self.collectives = overlap, collectives
+        self.overlap, self.collectives, self.expert_exchanges = overlap, collectives, exchanges
         self.beside = GpuStep(kernels, masks, on_fewer_sms(profile, overlap.sms), *rest)
 
     def _add_kernels(self, work: Work, kernels: Sequence[Kernel], rows: Array) -> None:
@@ -163,7 +172,8 @@ class StagedStep(GpuStep):
         for kernel in pair.compute:
             self.beside._add_kernel(part, replace(kernel, count=1), rows / stages)
         message = per_token(pair.collective.activation_bytes, rows / stages)
-        sent = driven_by(self.collectives, self.profile.name, self.overlap.sms, pair.collective, message)
+        gpu, sms = self.profile.name, self.overlap.sms
+        sent = driven_by(self.collectives, gpu, sms, pair.collective, message, self.expert_exchanges)
         longer = np.maximum(part.time_s, sent.time_s)
         time_s = part.time_s + (stages - 1) * longer + sent.time_s
         # What follows the clock: the first part, and the others while computation is the longer of the two.
@@ -181,17 +191,20 @@ class StagedStep(GpuStep):
 class DualBatchStep(GpuStep):
     """A GPU that runs steps as two halves in turns. `arguments`: GpuStep's."""
 
-    def __init__(self, overlap: DualBatch, collectives: Collectives, *arguments: Any) -> None:
+    def __init__(
+        self, overlap: DualBatch, collectives: Collectives, exchanges: ExpertExchanges, *arguments: Any
+    ) -> None:
         super().__init__(*arguments)
         kernels, masks, profile, *rest = arguments
-        self.overlap, self.collectives = overlap, collectives
+        self.overlap, self.collectives, self.expert_exchanges = overlap, collectives, exchanges
         left = on_fewer_sms(profile, overlap.sms)
         self.compute = GpuStep([k for k in kernels if k.family != "collective"], masks, left, *rest)
         self.exchanges = GpuStep([k for k in kernels if k.family == "collective"], masks, profile, *rest)
         self.exchanges.collective = self._driven
 
     def _driven(self, kernel: Kernel, message_bytes: Array) -> Exchanged:
-        return driven_by(self.collectives, self.profile.name, self.overlap.sms, kernel, message_bytes)
+        gpu, sms = self.profile.name, self.overlap.sms
+        return driven_by(self.collectives, gpu, sms, kernel, message_bytes, self.expert_exchanges)
 
     def _work(self, steps: Steps) -> tuple[Work, Array]:
         whole, prefill_j = super()._work(steps)

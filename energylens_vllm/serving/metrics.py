@@ -40,6 +40,9 @@ FLAGS = (
     "draft_model_not_modelled",
     "kv_transfer_not_modelled",
     "data_parallel_assumed_even",
+    "all2all_not_modelled",
+    "all2all_not_measured",
+    "overlap_not_measured",
     "other",
 )
 #: where the plugin can fail without harm to serving

@@ -7,6 +7,7 @@ from typing import Any
 
 import vllm
 
+from energylens_vllm.energy.expert_exchange import ALL2ALL_BACKENDS
 from energylens_vllm.serving.start import Engine
 
 #: speculative methods that draft on the CPU from the text so far; the others run a model that is not predicted
@@ -22,6 +23,10 @@ def describe(vllm_config: Any) -> Engine:
         flags.add("draft_model_not_modelled")
     if vllm_config.kv_transfer_config is not None:
         flags.add("kv_transfer_not_modelled")
+    exchange = _exchange(parallel)
+    if exchange.get("all2all_backend") not in (None, *ALL2ALL_BACKENDS):
+        flags.add("all2all_not_modelled")
+        exchange = {}
     config, device_name = model.hf_config.to_dict(), _device_name()
     return Engine(
         config=config,
@@ -30,6 +35,11 @@ def describe(vllm_config: Any) -> Engine:
             "pipeline_parallel_size": parallel.pipeline_parallel_size,
             "data_parallel_size": parallel.data_parallel_size,
             "enable_expert_parallel": parallel.enable_expert_parallel,
+            "enable_eplb": parallel.enable_eplb,
+            "num_redundant_experts": parallel.eplb_config.num_redundant_experts if parallel.enable_eplb else 0,
+            **exchange,
+            "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
+            "decode_context_parallel_size": parallel.decode_context_parallel_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             # A checkpoint's own says more than the name that vLLM gives it: bits, groups, what is left out.
             "quantization": None if config.get("quantization_config") else model.quantization,
@@ -47,6 +57,18 @@ def describe(vllm_config: Any) -> Engine:
         quantization=model.quantization,
         flags=frozenset(flags),
     )
+
+
+def _exchange(parallel: Any) -> dict[str, Any]:
+    """How tokens reach experts of other ranks; nothing where vLLM does not ask its own arguments for it."""
+    if parallel.data_parallel_size == 1 or not parallel.enable_expert_parallel:
+        return {}
+    return {
+        "all2all_backend": parallel.all2all_backend,
+        "enable_dbo": parallel.use_ubatching,
+        "dbo_decode_token_threshold": max(parallel.dbo_decode_token_threshold, 1),
+        "dbo_prefill_token_threshold": max(parallel.dbo_prefill_token_threshold, 1),
+    }
 
 
 def _capture_sizes(compilation: Any) -> list[int] | None:

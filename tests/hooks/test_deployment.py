@@ -1,0 +1,80 @@
+"""What vLLM's configuration says of experts, their exchange and context parallelism reaches the step model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from energylens_vllm.architectures import load_config
+from energylens_vllm.energy import Deployment
+from energylens_vllm.serving.start import Engine, start_predictor
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def configured(tiny_model: Path) -> Any:
+    """A configuration as vLLM makes it; tests set what it would refuse without GPUs or DeepEP."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(tiny_model), load_format="dummy", gpu_memory_utilization=0.08).create_engine_config()
+
+
+def described(configured: Any, monkeypatch: pytest.MonkeyPatch, redundant: int = 0, **parallel: Any) -> Engine:
+    from energylens_vllm.hooks.vllm.deployment import describe
+
+    for name, value in parallel.items():
+        assert hasattr(configured.parallel_config, name)
+        monkeypatch.setattr(configured.parallel_config, name, value)
+    monkeypatch.setattr(configured.parallel_config.eplb_config, "num_redundant_experts", redundant)
+    return describe(configured)
+
+
+SHARED = {"data_parallel_size": 4, "tensor_parallel_size": 2, "enable_expert_parallel": True}
+
+
+def test_defaults_are_vllms(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = described(configured, monkeypatch, **SHARED)
+    found, own = Deployment(**engine.deployment), Deployment()
+    for name in (
+        "enable_eplb", "num_redundant_experts", "all2all_backend", "enable_dbo", "dbo_decode_token_threshold",
+        "dbo_prefill_token_threshold", "prefill_context_parallel_size", "decode_context_parallel_size",
+    ):  # fmt: skip
+        assert getattr(found, name) == getattr(own, name), name
+    assert engine.flags == frozenset()
+
+
+def test_experts_that_are_balanced(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = described(configured, monkeypatch, redundant=32, enable_eplb=True, **SHARED)
+    found = Deployment(**engine.deployment)
+    assert (found.enable_eplb, found.num_redundant_experts, found.mesh.redundant_experts) == (True, 32, 32)
+    # Without EPLB vLLM has no copies, whatever its configuration has left over.
+    assert described(configured, monkeypatch, redundant=32, enable_eplb=False).deployment["num_redundant_experts"] == 0
+
+
+def test_exchanges_of_deepep(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = {"all2all_backend": "deepep_high_throughput", "enable_dbo": True, "dbo_decode_token_threshold": 0}
+    engine = described(configured, monkeypatch, **SHARED, **exchange)
+    found = Deployment(**engine.deployment)
+    assert (found.all2all_backend, found.enable_dbo) == ("deepep_high_throughput", True)
+    assert found.dbo_decode_token_threshold == 1
+    assert found.mesh.all2all
+    # One rank alone exchanges nothing, and vLLM does not look at the backend.
+    alone = described(configured, monkeypatch, **exchange | {"data_parallel_size": 1})
+    assert Deployment(**alone.deployment).all2all_backend == "allgather_reducescatter"
+
+
+def test_an_exchange_that_is_not_known_is_flagged(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = described(configured, monkeypatch, **SHARED, all2all_backend="nixl_ep", enable_dbo=True)
+    assert engine.flags == {"all2all_not_modelled"}
+    assert Deployment(**engine.deployment).all2all_backend == "allgather_reducescatter"
+
+
+@pytest.mark.parametrize("name", ["prefill_context_parallel_size", "decode_context_parallel_size"])
+def test_context_parallelism_is_refused(name: str, configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = described(configured, monkeypatch, **{name: 2})
+    started = start_predictor(Engine(load_config("llama-3.1-8b"), engine.deployment, "NVIDIA H200", None))
+    assert (started.predictor, started.state) == (None, "model_unknown")
+    assert started.problem == f"{name}: 2 is not modelled; accepted: 1"
