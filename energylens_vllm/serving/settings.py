@@ -84,8 +84,17 @@ class Settings:
     routing: bool = setting(
         False, "Whether to tell routers, each second, what the engine holds and what one more request would cost there."
     )
-    ttft_target_s: float = setting(1.0, "With `routing`, the target for the time to first token, in seconds.")
-    tpot_target_s: float = setting(0.05, "With `routing`, the target for the time per output token, in seconds.")
+    steer_ranks: bool = setting(
+        False,
+        "Whether requests go to the data-parallel rank where they add the fewest joules (docs/gateways.md). Not for "
+        "models with experts, whose ranks run in lockstep.",
+    )
+    ttft_target_s: float = setting(
+        1.0, "With `routing` or `steer_ranks`, the target for the time to first token, in seconds."
+    )
+    tpot_target_s: float = setting(
+        0.05, "With `routing` or `steer_ranks`, the target for the time per output token, in seconds."
+    )
     typical_prompt_tokens: float = setting(
         512.0, "With `routing`, prompt tokens of the request that is priced: the same at all replicas of a fleet."
     )

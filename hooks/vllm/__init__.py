@@ -7,6 +7,7 @@ What is changed in vLLM, all of it in memory and by name, so that a release that
 | `EngineArgs.add_cli_args`, `create_engine_config` | `--plugin`, `--energylens` and their early check | `flags` |
 | `SchedulerConfig.get_scheduler_cls` | a subclass of the configured scheduler, which sees each batch | `scheduler` |
 | `EngineCoreProc.run_busy_loop`, `execute_dummy_batch` | the reporting thread, steps without requests | `engine` |
+| `DPLBAsyncMPClient.get_core_engine_for_request` | steers data-parallel ranks, with `steer_ranks` | `ranks` |
 | `SyncMPClient.__init__` | tells the engine of an offline `LLM` that nobody listens while it is idle | `engine` |
 | `SchedulerStats` | one more field, which carries reports to the API servers | `transport` |
 | `StatLoggerManager.__init__` | one more stat logger, which exports them | `stat_logger` |
@@ -27,6 +28,7 @@ def register() -> None:
             flags,
             late,
             log,
+            ranks,
             scheduler,
             stat_logger,
             transport,
@@ -37,6 +39,7 @@ def register() -> None:
         late.when_imported("vllm.config.scheduler", scheduler.install)
         late.when_imported("vllm.v1.engine.core", engine.install)
         late.when_imported("vllm.v1.engine.core_client", engine.install_client)
+        late.when_imported("vllm.v1.engine.core_client", ranks.install)
         late.when_imported("vllm.v1.metrics.stats", transport.install)
         late.when_imported("vllm.v1.metrics.loggers", stat_logger.install)
         late.when_imported("vllm.v1.worker.gpu_worker", expert_counts.install)

@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from energylens_vllm.errors import EnergyLensError
-from energylens_vllm.hooks.vllm import log, status
+from energylens_vllm.hooks.vllm import log, ranks, status
 from energylens_vllm.hooks.vllm.batch import Reader
 from energylens_vllm.hooks.vllm.deployment import describe
 from energylens_vllm.hooks.vllm.gpus import gpus_of
@@ -65,6 +65,8 @@ def check(vllm_config: Any, log_stats: bool) -> None:
         chosen = settings.load(vllm_config.additional_config)
         if not chosen.enabled:
             raise EnergyLensError("enabled: false; accepted with --plugin energylens: true")
+        if chosen.steer_ranks and ranks.is_lockstep(vllm_config):
+            raise EnergyLensError(ranks.LOCKSTEP)
         if not log_stats:
             raise EnergyLensError("--disable-log-stats: what energylens finds out travels with vLLM's statistics")
         started = _start(vllm_config, chosen)

@@ -11,7 +11,7 @@ import vllm
 
 from energylens_vllm import __version__
 from energylens_vllm.errors import EnergyLensError
-from energylens_vllm.hooks.vllm import status, transport
+from energylens_vllm.hooks.vllm import ranks, status, transport
 from energylens_vllm.serving import settings
 
 logger = logging.getLogger("energylens_vllm")
@@ -44,6 +44,7 @@ def install(loggers: ModuleType) -> None:
                 self.exporter.refuse(engine_idx, f"SchedulerStats has no field {transport.FIELD!r} for reports")
             elif reports:
                 self.exporter.export(engine_idx, reports)
+            ranks.heard(engine_idx, reports or (), iteration_stats)
 
         def log_engine_initialized(self) -> None:
             pass
