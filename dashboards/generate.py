@@ -1,4 +1,4 @@
-"""Writes the dashboards, rules and manifests, docs/dashboards.md and docs/runbook.md from the code.
+"""Writes the dashboards, rules and manifests, and docs/metrics.md, dashboards.md and runbook.md from the code.
 
 python -m energylens_vllm.dashboards.generate [--check]
 """
@@ -16,7 +16,7 @@ import yaml
 
 from energylens_vllm.dashboards import manifests
 from energylens_vllm.dashboards.boards import DASHBOARDS
-from energylens_vllm.dashboards.page import dashboards_page
+from energylens_vllm.dashboards.page import dashboards_page, metrics_page
 from energylens_vllm.dashboards.panel import to_json
 from energylens_vllm.dashboards.rules import rule_groups, runbook
 
@@ -44,7 +44,7 @@ def files() -> dict[str, str]:
 
 def pages() -> dict[str, str]:
     """The pages of the folder docs/ that are made."""
-    return {"dashboards.md": dashboards_page(), "runbook.md": runbook()}
+    return {"metrics.md": metrics_page(), "dashboards.md": dashboards_page(), "runbook.md": runbook()}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,18 +1,23 @@
-"""docs/dashboards.md: how to run the dashboards, and which panel shows which metric."""
+"""docs/metrics.md: what is exported and where it is shown; docs/dashboards.md: how to run that, and what shows what."""
 
 from __future__ import annotations
 
 from energylens_vllm.dashboards.boards import DASHBOARDS
 from energylens_vllm.dashboards.manifests import GRAFANA_PORT, PROMETHEUS_PORT
+from energylens_vllm.dashboards.panel import metrics_in
 from energylens_vllm.dashboards.promql import VLLM, QueryError
 from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS
-from energylens_vllm.serving.metrics import METRICS
+from energylens_vllm.metric import Metric
+from energylens_vllm.routing import decisions
+from energylens_vllm.serving.metrics import COMMON_LABELS, MAX_SERIES_PER_ENGINE, METRICS
 
+_NOTE = "<!-- Written by `python -m energylens_vllm.dashboards.generate`; edit the code it is made from. -->"
 _INTRODUCTION = f"""# Dashboards, rules and alerts
-<!-- Written by `python -m energylens_vllm.dashboards.generate`; edit the code it is made from. -->
+{_NOTE}
 
 Everything in `dashboards/` is made by `python -m energylens_vllm.dashboards.generate` from the table of metrics that
-the plugin exports ([metrics.md](metrics.md)): a query for a metric or a label that is not in it is an error there.
+the plugin and routers export ([metrics.md](metrics.md)): a query for a metric or a label that is not in it is an error
+there.
 
 ## Running it
 
@@ -51,30 +56,68 @@ the recordings.
 """
 
 
-def dashboards_page() -> str:
-    """The page. Raises QueryError for a metric that no panel shows."""
-    parts = [_INTRODUCTION]
-    parts += ["## Panels", "", "| dashboard | panel | shows |", "| --- | --- | --- |"]
-    parts += [f"| {board.title} | {panel.title} | {panel.text} |" for board in DASHBOARDS for panel in board.panels]
-    parts += ["", "## Metrics", "", "| metric | type | unit | panels |", "| --- | --- | --- | --- |"]
-    for metric in METRICS:
-        parts.append(f"| `{metric.name}` | {metric.type} | {metric.unit or '-'} | {_panels_of(metric.name)} |")
-    for name, (kind, _) in VLLM.items():
-        parts.append(f"| `{name}` (vLLM's own) | {kind} | - | {_panels_of(name)} |")
-    parts += ["", "## Recording rules", "", "| rule | expression |", "| --- | --- |"]
-    parts += [f"| `{rule.name}` | `{rule.expr}` |" for rule in RECORDINGS]
-    parts += ["", "## Alerts", "", "| alert | fires when | for | severity |", "| --- | --- | --- | --- |"]
-    parts += [f"| [{a.name}](runbook.md#{a.name.lower()}) | `{a.expr}` | {a.after} | {a.severity} |" for a in ALERTS]
-    return "\n".join(parts) + "\n"
+def metrics_page() -> str:
+    """docs/metrics.md. Raises QueryError for a metric that no panel shows."""
+    common = " and ".join(f"`{label}`" for label in COMMON_LABELS)
+    head = ["| metric | type | unit | further labels | meaning | shown in |", "| --- | --- | --- | --- | --- | --- |"]
+    return "\n".join(
+        [
+            "# Metrics",
+            _NOTE,
+            "",
+            "The last column names panels, with their dashboard, and rules: [dashboards.md](dashboards.md).",
+            "",
+            "## The vLLM plugin's",
+            "",
+            f"All have the labels {common}, with the values that vLLM's own metrics have. An engine has at most",
+            f"{MAX_SERIES_PER_ENGINE} series. Times are in seconds, energies in joules over all GPUs of the engine.",
+            "",
+            *head,
+            *(_metric_row(metric) for metric in METRICS),
+            "",
+            "## Routers'",
+            "",
+            "Exported by the process that routes: a LiteLLM proxy, `energylens agent`, a Ray Serve router.",
+            "",
+            *head,
+            *(_metric_row(metric) for metric in decisions.METRICS),
+            "",
+            "## vLLM's own that are shown beside them",
+            "",
+            "| metric | type | shown in |",
+            "| --- | --- | --- |",
+            *(f"| `{name}` | {kind} | {_shown_in(name)} |" for name, (kind, _) in VLLM.items()),
+            "",
+        ]
+    )
 
 
-def _panels_of(metric: str) -> str:
-    shown = [
+def _metric_row(metric: Metric) -> str:
+    labels = "; ".join(f"`{name}`" + (f": {', '.join(values)}" if values else "") for name, values in metric.labels)
+    cells = (metric.type, metric.unit or "-", labels or "-", metric.help, _shown_in(metric.name))
+    return f"| `{metric.name}` | {' | '.join(cells)} |"
+
+
+def _shown_in(metric: str) -> str:
+    panels = [
         f"{panel.title} ({board.uid.removeprefix('energylens-')})"
         for board in DASHBOARDS
         for panel in board.panels
         if metric in panel.metrics
     ]
-    if not shown:
-        raise QueryError(f"dashboards: no panel shows {metric}; accepted: each metric on one or more, in boards.py")
-    return "; ".join(shown)
+    if not panels:
+        raise QueryError(f"dashboards: no panel shows {metric}; accepted: each metric on one or more")
+    rules = [f"`{rule.name}`" for rule in (*RECORDINGS, *ALERTS) if metric in metrics_in(rule.expr)]
+    return "; ".join([*panels, *rules])
+
+
+def dashboards_page() -> str:
+    """docs/dashboards.md."""
+    parts = [_INTRODUCTION]
+    parts += ["## Panels", "", "| dashboard | panel | shows |", "| --- | --- | --- |"]
+    parts += [f"| {board.title} | {panel.title} | {panel.text} |" for board in DASHBOARDS for panel in board.panels]
+    parts += ["", "## Recording rules", "", "| rule | expression |", "| --- | --- |"]
+    parts += [f"| `{rule.name}` | `{rule.expr}` |" for rule in RECORDINGS]
+    parts += ["", "## Alerts", "", "| alert | fires when | for | severity |", "| --- | --- | --- | --- |"]
+    parts += [f"| [{a.name}](runbook.md#{a.name.lower()}) | `{a.expr}` | {a.after} | {a.severity} |" for a in ALERTS]
+    return "\n".join(parts) + "\n"

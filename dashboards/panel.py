@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from energylens_vllm.dashboards.promql import VLLM
-from energylens_vllm.serving.metrics import BY_NAME
+from energylens_vllm.dashboards.promql import EXPORTED, VLLM
+from energylens_vllm.routing.decisions import DECISIONS
 
 COLUMNS = 24  #: Grafana's grid
 TAG = "energylens"
@@ -37,7 +37,7 @@ class Panel:
     unit: str  #: Grafana's id of a unit, such as watt, joule, percentunit; short for counts
     text: str
     queries: tuple[Query, ...]
-    width: int = 8
+    width: int = COLUMNS // 3
     height: int = 8
     stacked: bool = False
     over_range: bool = False  #: a stat of the whole time range: its query is evaluated once, at the end
@@ -66,11 +66,41 @@ class Dashboard:
     title: str
     text: str
     rows: tuple[Row, ...]
-    variables: tuple[tuple[str, str, str], ...] = ()  #: numbers to type in: name, label, default
+    numbers: tuple[tuple[str, str, str], ...] = ()  #: to type in: name, label, default
+    routers: bool = False  #: whether one chooses routers, too: processes other than the engines
 
     @property
     def panels(self) -> tuple[Panel, ...]:
         return tuple(panel for row in self.rows for panel in row.panels)
+
+
+HALF, QUARTER, SIXTH = COLUMNS // 2, COLUMNS // 4, COLUMNS // 6
+
+
+def graph(
+    title: str,
+    unit: str,
+    text: str,
+    *queries: Query,
+    width: int = COLUMNS // 3,
+    stacked: bool = False,
+    zero_based: bool = True,
+    axis_to: float | None = None,
+) -> Panel:
+    """Lines over time."""
+    return Panel(
+        title, "timeseries", unit, text, queries, width, stacked=stacked, zero_based=zero_based, axis_to=axis_to
+    )
+
+
+def stat(title: str, unit: str, text: str, expr: str, width: int, over_range: bool = False) -> Panel:
+    """One number: the latest, or that of the whole time range."""
+    return Panel(title, "stat", unit, text, (Query(expr),), width, height=5, over_range=over_range)
+
+
+def table(title: str, text: str, *queries: Query, width: int = COLUMNS // 3) -> Panel:
+    """A line for each engine. A query with a legend is a column of that name; of one without, only labels show."""
+    return Panel(title, "table", "short", text, queries, width)
 
 
 def metrics_in(expr: str) -> tuple[str, ...]:
@@ -78,7 +108,7 @@ def metrics_in(expr: str) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for word in re.findall(r"(?:energylens_|vllm:)\w+", re.sub(r"\w+:energylens_\w+:\w+", "", expr)):
         name = word
-        if name not in BY_NAME and name not in VLLM:
+        if name not in EXPORTED and name not in VLLM:
             name = re.sub(r"_(bucket|sum|count)$", "", word)
         found[name] = None
     return tuple(found)
@@ -253,52 +283,54 @@ def _table_transformations(panel: Panel) -> list[dict[str, Any]]:
 
 
 def _variables(dashboard: Dashboard) -> list[dict[str, Any]]:
-    chosen, variables = "", []
-    variables.append(
-        {
-            "current": {},
-            "hide": 0,
-            "label": "Data source",
-            "name": "datasource",
-            "options": [],
-            "query": "prometheus",
-            "refresh": 1,
-            "regex": "",
-            "type": "datasource",
-        }
-    )
+    source = {
+        "current": {},
+        "hide": 0,
+        "label": "Data source",
+        "name": "datasource",
+        "options": [],
+        "query": "prometheus",
+        "refresh": 1,
+        "regex": "",
+        "type": "datasource",
+    }
+    engines, chosen = [], ""
     for name in ("job", "model_name", "instance", "engine"):
-        query = f"label_values({_ANY}{{{chosen}}}, {name})" if chosen else f"label_values({_ANY}, {name})"
-        variables.append(
-            {
-                "allValue": ".*",
-                "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
-                "datasource": DATASOURCE,
-                "definition": query,
-                "hide": 0,
-                "includeAll": True,
-                "label": name,
-                "multi": True,
-                "name": name,
-                "options": [],
-                "query": {"qryType": 1, "query": query, "refId": "variable"},
-                "refresh": 2,
-                "regex": "",
-                "sort": 1,
-                "type": "query",
-            }
-        )
+        engines.append(_choice(name, f"{_ANY}{{{chosen}}}" if chosen else _ANY, name))
         chosen = ", ".join(filter(None, [chosen, f'{name}=~"${name}"']))
-    for name, label, default in dashboard.variables:
-        variables.append(
-            {
-                "current": {"text": default, "value": default},
-                "hide": 0,
-                "label": label,
-                "name": name,
-                "options": [{"selected": True, "text": default, "value": default}],
-                "query": default,
-                "type": "textbox",
-            }
-        )
-    return variables
+    routers = [_choice("router", DECISIONS, "job")] if dashboard.routers else []
+    return [source, *engines, *routers, *(_number(*number) for number in dashboard.numbers)]
+
+
+def _choice(name: str, series: str, label: str) -> dict[str, Any]:
+    """A variable: any of the values that a label has."""
+    query = f"label_values({series}, {label})"
+    return {
+        "allValue": ".*",
+        "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+        "datasource": DATASOURCE,
+        "definition": query,
+        "hide": 0,
+        "includeAll": True,
+        "label": name,
+        "multi": True,
+        "name": name,
+        "options": [],
+        "query": {"qryType": 1, "query": query, "refId": "variable"},
+        "refresh": 2,
+        "regex": "",
+        "sort": 1,
+        "type": "query",
+    }
+
+
+def _number(name: str, label: str, default: str) -> dict[str, Any]:
+    return {
+        "current": {"text": default, "value": default},
+        "hide": 0,
+        "label": label,
+        "name": name,
+        "options": [{"selected": True, "text": default, "value": default}],
+        "query": default,
+        "type": "textbox",
+    }

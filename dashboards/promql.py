@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from energylens_vllm.errors import EnergyLensError
-from energylens_vllm.serving.metrics import BY_NAME, COMMON_LABELS
+from energylens_vllm.routing import decisions
+from energylens_vllm.serving import metrics
 
-#: what tells one engine from another, once Prometheus has scraped it
-ENGINE = ("job", "instance", *COMMON_LABELS)
+#: what Prometheus adds when it scrapes
+SCRAPED = ("job", "instance")
+#: what tells one engine from another
+ENGINE = (*SCRAPED, *metrics.COMMON_LABELS)
+#: All that we export. Routers are processes other than the engines, and what they export is of no single engine.
+EXPORTED = metrics.BY_NAME | decisions.BY_NAME
 
 _LATENCY, _COUNTER, _GAUGE = "histogram", "counter", "gauge"
 #: vLLM's own metrics that are shown beside ours: name -> (type, further labels)
@@ -35,15 +40,15 @@ class QueryError(EnergyLensError):
 def metric_labels(name: str, kind: str) -> tuple[str, ...]:
     """All labels of a metric after scraping. Raises QueryError if there is none of that name and type."""
     found: str
-    if name in BY_NAME:
-        found, labels = BY_NAME[name].type, BY_NAME[name].label_names
+    if name in EXPORTED:
+        found, labels = EXPORTED[name].type, EXPORTED[name].label_names
     elif name in VLLM:
-        found, labels = VLLM[name][0], VLLM[name][1]
+        found, labels = VLLM[name]
     else:
         raise QueryError(f"query: metric {name!r} is not exported; accepted: those of docs/metrics.md and {list(VLLM)}")
     if found != kind:
         raise QueryError(f"query: {name} is a {found}, it is used as a {kind}")
-    return (*ENGINE, *labels)
+    return (*(SCRAPED if name in decisions.BY_NAME else ENGINE), *labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ class Scope:
         if unknown := [label for label in (*by, *labels) if label not in known]:
             raise QueryError(f"query: {name} has no label {unknown[0]!r}; accepted: {', '.join(known)}")
         for label, value in labels.items():
-            values = dict(BY_NAME[name].labels).get(label) if name in BY_NAME else None
+            values = dict(EXPORTED[name].labels).get(label) if name in EXPORTED else None
             if values and value not in values:
                 raise QueryError(f"query: {label} of {name} is never {value!r}; accepted: {', '.join(values)}")
         return name + self._braces(labels)
@@ -114,5 +119,9 @@ def ratio(numerator: str, denominator: str) -> str:
 
 #: what a dashboard shows: the chosen engines together, unless grouped
 CHOSEN = Scope('job=~"$job", model_name=~"$model_name", instance=~"$instance", engine=~"$engine"', "$__rate_interval")
+#: and the chosen routers
+ROUTERS = Scope('job=~"$router"', "$__rate_interval")
 #: what rules are about: each engine by itself
 EACH = Scope("", "5m", ENGINE)
+#: and each router
+EACH_ROUTER = Scope("", "5m", SCRAPED)

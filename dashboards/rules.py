@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from energylens_vllm.dashboards.promql import EACH, ENGINE, ratio
+from energylens_vllm.dashboards.promql import EACH, EACH_ROUTER, ENGINE, ratio
+from energylens_vllm.dashboards.series import COMPARED, COMPONENTS, ERROR, MEASURED, OUTPUT, PREDICTED
 
-_MEASURED = "energylens_gpu_energy_joules_total"
-_PREDICTED = "energylens_predicted_energy_joules_total"
-_COMPARED = "energylens_compared_energy_joules_total"
-_OUTPUT = "vllm:generation_tokens_total"
 _ON_ENGINE = f"on ({', '.join(ENGINE)})"
 
 #: Windows last 5 s: over this there are a hundred of them, so one that straddles a burst does not matter.
@@ -42,6 +39,7 @@ class Alert:
     meaning: str
     look: str
     act: str
+    about: str = "{{ $labels.model_name }}, {{ $labels.instance }}"
 
     @property
     def expr(self) -> str:
@@ -52,37 +50,26 @@ def _shares(name: str, label: str) -> str:
     return f"{EACH.rate(name, label)} / {_ON_ENGINE} group_left () ({EACH.rate(name)} > 0)"
 
 
+def _over_measured(numerator: str, **labels: str) -> str:
+    """A counter of the compared windows over their measured energy."""
+    return ratio(
+        EACH.increase(numerator, over=_COMPARED_OVER, **labels),
+        EACH.increase(COMPARED, over=_COMPARED_OVER, side="measured"),
+    )
+
+
 RECORDINGS = (
     Recording("engine:energylens_gpu_power_watts:sum", EACH.gauge("energylens_gpu_power_watts")),
-    Recording("engine:energylens_predicted_power_watts:rate5m", EACH.rate(_PREDICTED)),
-    Recording("engine:energylens_output_tokens_per_second:rate5m", EACH.rate(_OUTPUT)),
-    Recording("engine:energylens_joules_per_output_token:ratio5m", ratio(EACH.rate(_MEASURED), EACH.rate(_OUTPUT))),
+    Recording("engine:energylens_predicted_power_watts:rate5m", EACH.rate(PREDICTED)),
+    Recording("engine:energylens_output_tokens_per_second:rate5m", EACH.rate(OUTPUT)),
+    Recording("engine:energylens_joules_per_output_token:ratio5m", ratio(EACH.rate(MEASURED), EACH.rate(OUTPUT))),
     Recording(
-        "engine:energylens_predicted_joules_per_output_token:ratio5m", ratio(EACH.rate(_PREDICTED), EACH.rate(_OUTPUT))
+        "engine:energylens_predicted_joules_per_output_token:ratio5m", ratio(EACH.rate(PREDICTED), EACH.rate(OUTPUT))
     ),
-    Recording(
-        "engine:energylens_wmape:ratio10m",
-        ratio(
-            EACH.increase("energylens_absolute_error_joules_total", over=_COMPARED_OVER),
-            EACH.increase(_COMPARED, over=_COMPARED_OVER, side="measured"),
-        ),
-    ),
-    Recording(
-        "engine:energylens_bias:ratio10m",
-        ratio(
-            EACH.increase(_COMPARED, over=_COMPARED_OVER, side="predicted"),
-            EACH.increase(_COMPARED, over=_COMPARED_OVER, side="measured"),
-        )
-        + " - 1",
-    ),
-    Recording(
-        "engine_phase:energylens_predicted_energy_share:ratio5m",
-        _shares(_PREDICTED, "phase"),
-    ),
-    Recording(
-        "engine_component:energylens_predicted_energy_share:ratio5m",
-        _shares("energylens_predicted_component_energy_joules_total", "component"),
-    ),
+    Recording("engine:energylens_wmape:ratio10m", _over_measured(ERROR)),
+    Recording("engine:energylens_bias:ratio10m", f"{_over_measured(COMPARED, side='predicted')} - 1"),
+    Recording("engine_phase:energylens_predicted_energy_share:ratio5m", _shares(PREDICTED, "phase")),
+    Recording("engine_component:energylens_predicted_energy_share:ratio5m", _shares(COMPONENTS, "component")),
     Recording(
         "engine_gpu:energylens_power_capped:ratio5m",
         EACH.rate("energylens_gpu_throttled_seconds_total", "gpu", reason="power_cap"),
@@ -127,7 +114,7 @@ ALERTS = (
     ),
     Alert(
         name="EnergyMeterStale",
-        value=f"{EACH.increase(_MEASURED, 'gpu')}",
+        value=EACH.increase(MEASURED, "gpu"),
         condition="== 0",
         after="5m",
         severity="warning",
@@ -204,6 +191,40 @@ ALERTS = (
         look="The engine's or the API server's log has the first failure of each place with its traceback.",
         act="Report it with that traceback. `ENERGYLENS_ENABLED=0` switches the plugin off.",
     ),
+    Alert(
+        name="EnergyLearningBounded",
+        value=EACH.gauge("energylens_learning_state", how="max", state="bounded")
+        + f" + {_ON_ENGINE} "
+        + EACH.gauge("energylens_learning_state", how="max", state="implausible"),
+        condition="> 0",
+        after="15m",
+        severity="warning",
+        summary="Measured energy is further from the profile than GPUs of one kind differ",
+        meaning="What predictions would have to learn from the meter is beyond the bounds of what it can explain, so "
+        "they follow only that far, or not at all.",
+        look="`Learnt factors` and `With and without what was learnt` on the dashboard on accuracy; `Predicted for`: "
+        "whether profile and deployment are those of the engine. docs/learning.md says what each state means.",
+        act="As for EnergyPredictionDrift. If the GPU is what it says and its power limit is its own, calibrate.",
+    ),
+    Alert(
+        name="EnergyRoutingFallback",
+        value=ratio(
+            EACH_ROUTER.rate("energylens_routing_decisions_total", over="10m", reason="fallback"),
+            EACH_ROUTER.rate("energylens_routing_decisions_total", over="10m"),
+        ),
+        condition="> 0.1",
+        after="10m",
+        severity="warning",
+        summary="{{ $value | humanizePercentage }} of the requests are routed without regard to energy",
+        meaning="For 10 minutes more than a tenth of the requests have been placed by the router's own policy. They "
+        "are served as without energylens; what routing saves is lost.",
+        look="`Left to the host, by cause` on the fleet dashboard. `stale`: `Age of what is known`, and whether the "
+        "router reaches the replicas' /metrics. `no_model`: replicas without the setting `routing`, or a model that "
+        "is not known. `unsupported`: the router was asked to choose among others than it knows.",
+        act="Start each replica with the setting `routing`, and let the router reach it; docs/routing.md has an "
+        "example for each router. `error` is a fault of energylens: the router's log has the first, report it.",
+        about="{{ $labels.job }}, {{ $labels.instance }}",
+    ),
 )
 
 
@@ -217,7 +238,7 @@ def rule_groups() -> dict[str, Any]:
             "for": alert.after,
             "labels": {"severity": alert.severity},
             "annotations": {
-                "summary": f"{alert.summary} ({{{{ $labels.model_name }}}}, {{{{ $labels.instance }}}})",
+                "summary": f"{alert.summary} ({alert.about})",
                 "description": alert.meaning,
                 "runbook": f"Look: {alert.look} Act: {alert.act}",
             },

@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and docs/metrics.md from the code:  python -m energylens_vllm.serving.reference [--check]"""
+"""Writes docs/settings.md from the code:  python -m energylens_vllm.serving.reference [--check]"""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from energylens_vllm.serving import settings
-from energylens_vllm.serving.metrics import COMMON_LABELS, MAX_SERIES_PER_ENGINE, METRICS, Metric
 
 _NOTE = "<!-- Written by `python -m energylens_vllm.serving.reference`; edit the code it is made from. -->"
 
@@ -40,31 +39,7 @@ def settings_page() -> str:
     )
 
 
-def metrics_page() -> str:
-    """docs/metrics.md."""
-    labels = " and ".join(f"`{label}`" for label in COMMON_LABELS)
-    return "\n".join(
-        [
-            "# Metrics",
-            _NOTE,
-            "",
-            f"All have the labels {labels}, with the values that vLLM's own metrics have. An engine has at most",
-            f"{MAX_SERIES_PER_ENGINE} series. Times are in seconds, energies in joules over all GPUs of the engine.",
-            "",
-            "| metric | type | unit | further labels | meaning |",
-            "| --- | --- | --- | --- | --- |",
-            *(_metric_row(metric) for metric in METRICS),
-            "",
-        ]
-    )
-
-
-def _metric_row(metric: Metric) -> str:
-    labels = "; ".join(f"`{name}`" + (f": {', '.join(values)}" if values else "") for name, values in metric.labels)
-    return f"| `{metric.name}` | {metric.type} | {metric.unit or '-'} | {labels or '-'} | {metric.help} |"
-
-
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page}
+PAGES = {"settings.md": settings_page}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

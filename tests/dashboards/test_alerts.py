@@ -14,7 +14,10 @@ from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS
 
 pytestmark = pytest.mark.prometheus
 
-ENGINE = 'job="vllm",instance="a:8000",model_name="m",engine="0"'
+OF_ENGINE = {"job": "vllm", "instance": "a:8000", "model_name": "m", "engine": "0"}
+OF_ROUTER = {"job": "router", "instance": "r:4000"}
+ENGINE = ",".join(f'{name}="{value}"' for name, value in OF_ENGINE.items())
+ROUTER = ",".join(f'{name}="{value}"' for name, value in OF_ROUTER.items())
 GPU = f'{ENGINE},gpu="0"'
 DAY = 24 * 60
 
@@ -28,7 +31,8 @@ class Case:
     why: str
     at: int
     series: dict[str, str]
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)  #: besides those of what it is about
+    about: dict[str, str] = field(default_factory=lambda: OF_ENGINE)
 
 
 def compared(predicted: int, measured: int) -> dict[str, str]:
@@ -83,6 +87,20 @@ def failures(values: str) -> dict[str, str]:
     return {f'energylens_plugin_failures_total{{{ENGINE},place="predict"}}': values}
 
 
+def learning(bounded: str = "0x60", implausible: str = "0x60") -> dict[str, str]:
+    states = {"learning": "0x60", "bounded": bounded, "implausible": implausible}
+    return {f'energylens_learning_state{{{ENGINE},state="{state}"}}': values for state, values in states.items()}
+
+
+def placed(by_energy: int, by_host: int) -> dict[str, str]:
+    """Requests a minute."""
+    counts = {"least_joules": by_energy, "fallback": by_host}
+    return {
+        f'energylens_routing_decisions_total{{{ROUTER},reason="{reason}"}}': f"0+{count}x60"
+        for reason, count in counts.items()
+    }
+
+
 OF_GPU = {"gpu": "0"}
 CASES = [
     Case("EnergyPredictionDrift", True, "20 % too much", 40, compared(12000, 10000)),
@@ -108,15 +126,22 @@ CASES = [
     Case("EnergyNotPredicted", False, "ready", 20, ready("1x60")),
     Case("EnergyPluginFailures", True, "one failure", 20, failures("0x10 1x50"), {"place": "predict"}),
     Case("EnergyPluginFailures", False, "none since the start", 40, failures("3x60"), {"place": "predict"}),
+    Case("EnergyLearningBounded", True, "beyond the bounds", 40, learning(bounded="0x10 1x50")),
+    Case("EnergyLearningBounded", True, "beyond belief", 40, learning(implausible="0x10 1x50")),
+    Case("EnergyLearningBounded", False, "for a moment", 40, learning(bounded="0x10 1x5 0x45")),
+    Case("EnergyRoutingFallback", True, "a third", 30, placed(200, 100), about=OF_ROUTER),
+    Case("EnergyRoutingFallback", True, "all of them", 30, placed(0, 100), about=OF_ROUTER),
+    Case("EnergyRoutingFallback", False, "one in a hundred", 30, placed(990, 10), about=OF_ROUTER),
+    Case("EnergyRoutingFallback", False, "no requests", 30, placed(0, 0), about=OF_ROUTER),
 ]
 
 
 def run(case: Case, rules: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     rule = next(r for r in yaml.safe_load(rules.read_text())["groups"][1]["rules"] if r["alert"] == case.alert)
-    labels = {"job": "vllm", "instance": "a:8000", "model_name": "m", "engine": "0", **case.labels, **rule["labels"]}
+    labels = {**case.about, **case.labels, **rule["labels"]}
     test = {
         "rule_files": [str(rules)],
-        "evaluation_interval": "1m" if case.at < DAY else "5m",
+        "evaluation_interval": "1m" if case.at < DAY else "15m",
         "tests": [
             {
                 "interval": "1m",
@@ -158,11 +183,18 @@ def test_every_alert_is_seen_firing_and_not_firing() -> None:
         assert {case.alert for case in CASES if case.fires == fires} == {alert.name for alert in ALERTS}
 
 
-def test_summaries_are_filled_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("alert", "summary"),
+    [
+        ("EnergyPredictionDrift", "Predicted energy is off by 20% (m, a:8000)"),
+        ("EnergyRoutingFallback", "33.33% of the requests are routed without regard to energy (router, r:4000)"),
+    ],
+)
+def test_summaries_are_filled_in(alert: str, summary: str, tmp_path: Path) -> None:
     """promtool prints what it got where it expected nothing."""
-    case = next(case for case in CASES if case.alert == "EnergyPredictionDrift" and case.fires)
+    case = next(case for case in CASES if case.alert == alert and case.fires)
     done = run(replace(case, fires=False), RULES, tmp_path)
-    assert "Predicted energy is off by 20% (m, a:8000)" in done.stdout + done.stderr
+    assert summary in done.stdout + done.stderr
 
 
 def test_promtool_accepts_the_rules() -> None:

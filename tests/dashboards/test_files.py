@@ -19,9 +19,9 @@ from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboar
 from energylens_vllm.dashboards.boards import DASHBOARDS
 from energylens_vllm.dashboards.generate import main
 from energylens_vllm.dashboards.panel import COLUMNS, EMPTY
-from energylens_vllm.dashboards.promql import CHOSEN, EACH, ENGINE, VLLM, QueryError
+from energylens_vllm.dashboards.promql import CHOSEN, EACH, ENGINE, EXPORTED, SCRAPED, VLLM, QueryError
 from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS
-from energylens_vllm.serving.metrics import BY_NAME
+from energylens_vllm.routing import decisions
 
 ROOT = Path(__file__).parents[2]
 BOARDS = sorted((ROOT / "dashboards" / "grafana").glob("*.json"))
@@ -79,14 +79,15 @@ def parsed(expr: str) -> Any:
 def family(sample: str) -> tuple[str, set[str]]:
     """The metric that a sample belongs to, and all labels that it has."""
     for name in (sample, re.sub(r"_(bucket|sum|count)$", "", sample)):
-        if name in BY_NAME:
-            labels, histogram = BY_NAME[name].label_names, BY_NAME[name].type == "histogram"
+        if name in EXPORTED:
+            labels, histogram = EXPORTED[name].label_names, EXPORTED[name].type == "histogram"
         elif name in VLLM:
             labels, histogram = VLLM[name][1], VLLM[name][0] == "histogram"
         else:
             continue
         assert histogram == (name != sample), f"{sample} is not what {name} is exported as"
-        return name, {*labels, *ENGINE, *(["le"] if sample.endswith("_bucket") else [])}
+        scraped = SCRAPED if name in decisions.BY_NAME else ENGINE
+        return name, {*labels, *scraped, *(["le"] if sample.endswith("_bucket") else [])}
     raise AssertionError(f"{sample} is not exported")
 
 
@@ -118,14 +119,25 @@ def test_queries_use_what_is_exported_and_its_labels() -> None:
             name, labels = family(sample)
             seen.add(name)
             assert chosen | grouped <= labels, f"{sample} has no {sorted((chosen | grouped) - labels)}: {expr}"
-    assert seen == BY_NAME.keys() | VLLM.keys()
+    assert seen == EXPORTED.keys() | VLLM.keys()
 
 
 def test_every_metric_is_on_a_dashboard_and_in_the_docs() -> None:
     shown = {name for dashboard in DASHBOARDS for panel in dashboard.panels for name in panel.metrics}
-    assert shown == BY_NAME.keys() | VLLM.keys()
-    documented = re.findall(r"^\| `((?:energylens_|vllm:)\w+)`", (ROOT / "docs" / "dashboards.md").read_text(), re.M)
+    assert shown == EXPORTED.keys() | VLLM.keys()
+    documented = re.findall(r"^\| `((?:energylens_|vllm:)\w+)`", (ROOT / "docs" / "metrics.md").read_text(), re.M)
     assert sorted(documented) == sorted(shown)
+
+
+def test_the_page_of_metrics_says_what_each_is_and_where_it_is_shown() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    for metric in EXPORTED.values():
+        (row,) = re.findall(rf"^\| `{metric.name}` \| (.+) \|$", page, re.M)
+        kind, unit, labels, meaning, shown = row.split(" | ")
+        assert (kind, unit, meaning) == (metric.type, metric.unit or "-", metric.help)
+        assert tuple(re.findall(r"`(\w+)`", labels)) == metric.label_names
+        titles = {panel.title for board in DASHBOARDS for panel in board.panels if metric.name in panel.metrics}
+        assert {re.sub(r" \(\w+\)$", "", place) for place in shown.split("; ") if "`" not in place} == titles
 
 
 def test_rules_use_only_rules_that_are_recorded() -> None:
@@ -206,7 +218,7 @@ def test_every_panel_says_what_it_shows(path: Path) -> None:
         assert panel["datasource"]["uid"] == "${datasource}"
         for target in panel["targets"]:
             for name, chosen, _ in selectors(parsed(target["expr"])):
-                assert {"job", "model_name", "instance", "engine"} <= chosen, name
+                assert chosen >= ({"job"} if name in decisions.BY_NAME else {*ENGINE}), name
 
 
 def test_dashboards_have_variables_and_lead_to_each_other() -> None:
@@ -215,6 +227,7 @@ def test_dashboards_have_variables_and_lead_to_each_other() -> None:
     for path in BOARDS:
         names = [variable["name"] for variable in board(path)["templating"]["list"]]
         assert names[:5] == ["datasource", "job", "model_name", "instance", "engine"]
+        assert ("router" in names) == ("$router" in path.read_text())
         (link,) = board(path)["links"]
         assert link["type"] == "dashboards"
         assert {*link["tags"]} <= {*board(path)["tags"]}

@@ -6,19 +6,20 @@ import re
 
 import pytest
 from prometheus_server import PLAYED_S, Prometheus, finite
-from simulated import NOW_S, REPLICAS, Simulated
+from simulated import NOW_S, REPLICAS, ROUTER, Simulated
 
 from energylens_vllm.dashboards.boards import DASHBOARDS
 from energylens_vllm.dashboards.panel import Panel, Query, metrics_in
 from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS, Alert, Recording
-from energylens_vllm.serving.metrics import BY_NAME, COMPONENTS
+from energylens_vllm.dashboards.promql import EXPORTED
+from energylens_vllm.serving.metrics import COMPONENTS
 
 pytestmark = pytest.mark.prometheus
 
 #: What values of a unit can be, of two replicas with an H200 each (700 W) that are busy nearly all the time.
 PLAUSIBLE = {
     "watt": (0.0, 1600.0),
-    "joule": (0.0, 2e4),
+    "joule": (0.0, 5e4),
     "s": (0.0, 50.0),
     "percentunit": (-1.0, 4.0),
     "hertz": (1e8, 4e9),
@@ -26,6 +27,7 @@ PLAUSIBLE = {
     "kwatth": (0.01, 0.2),
     "massg": (5.0, 100.0),
     "short": (0.0, 2e5),
+    "cps": (0.0, 1e8),
 }
 #: An H200 is no superchip, so this series is not there.
 ABSENT = {"energylens_gpu_module_energy_joules_total"}
@@ -42,8 +44,8 @@ QUERIES = [
 def filled_in(expr: str, job: str = ".*", model_name: str = ".*") -> str:
     """With variables as Grafana would put them in."""
     values = {"job": job, "model_name": model_name, "instance": ".*", "engine": ".*"}
-    values |= {"__rate_interval": "1m", "__range": f"{PLAYED_S}s"}
-    values |= {name: default for board in DASHBOARDS for name, _, default in board.variables}
+    values |= {"router": job, "__rate_interval": "1m", "__range": f"{PLAYED_S}s"}
+    values |= {name: default for board in DASHBOARDS for name, _, default in board.numbers}
     filled = re.sub(r"\$(\w+)", lambda found: values[found[1]], expr)
     assert "$" not in filled
     return filled
@@ -70,7 +72,7 @@ def test_without_traffic_there_is_nothing_not_an_error(prometheus: Prometheus, p
 
 def test_what_is_shown_is_what_the_plugin_exports(simulated: Simulated) -> None:
     exported = {family for family, series in simulated.samples.items() if series and family.startswith("energylens_")}
-    assert exported == {name.removesuffix("_total") for name in BY_NAME.keys() - ABSENT}
+    assert exported == {name.removesuffix("_total") for name in EXPORTED.keys() - ABSENT}
 
 
 def panel_of(title: str, board: str = "energylens-overview") -> Panel:
@@ -116,6 +118,17 @@ def test_the_prediction_is_as_good_as_on_the_recording(prometheus: Prometheus) -
     assert 0.9 < single(prometheus, panel_of("Measured over predicted time", "energylens-accuracy")) < 1.1
 
 
+def test_routing_saves_what_its_two_sides_differ_by(prometheus: Prometheus) -> None:
+    """In the recording the other replica is mostly less loaded, or more: never the same."""
+    saved = single(prometheus, panel_of("Saved by routing, as estimated", "energylens-fleet"))
+    added = prometheus.at(filled_in("sum by (side) (increase(energylens_routing_added_joules_total[$__range]))"))
+    sides = {series["side"]: value for series, (value,) in added}
+    assert 0 < saved == pytest.approx(sides["least_request"] - sides["chosen"], rel=0.02)
+    share = single(prometheus, panel_of("Saved, as a share", "energylens-fleet"))
+    assert share == pytest.approx(1 - sides["chosen"] / sides["least_request"])
+    assert single(prometheus, panel_of("Left to the host", "energylens-fleet")) == pytest.approx(1 / 50, rel=0.2)
+
+
 def test_the_heatmap_has_both_signs(prometheus: Prometheus) -> None:
     heatmap = panel_of("Errors of windows over time", "energylens-accuracy")
     counts = {series["le"]: values[0] for series, values in prometheus.at(filled_in(heatmap.queries[0].expr))}
@@ -140,5 +153,6 @@ def test_a_recording_rule_has_a_series_for_each_engine_on_both_days(prometheus: 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
 def test_an_alert_watches_every_engine_and_is_quiet(prometheus: Prometheus, alert: Alert) -> None:
     watched = {series["instance"] for series, _ in prometheus.at(alert.value)}
-    assert watched == {instance for _, instance in REPLICAS.values()}
+    of_router = "energylens_routing_" in alert.value
+    assert watched == ({ROUTER} if of_router else {instance for _, instance in REPLICAS.values()})
     assert prometheus.at(alert.expr) == []

@@ -59,7 +59,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "dashboards", tree / "dashboards", ignore=ignored)
     (tree / "energylens_vllm" / "dashboards").symlink_to(tree / "dashboards")
     (tree / "docs").mkdir()
-    for page in ("dashboards.md", "runbook.md"):
+    for page in ("metrics.md", "dashboards.md", "runbook.md"):
         shutil.copy(ROOT / "docs" / page, tree / "docs")
     return tree
 

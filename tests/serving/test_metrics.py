@@ -43,6 +43,6 @@ def test_pages_are_current() -> None:
 def test_a_stale_page_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--docs", str(tmp_path)]) == 0
     assert main(["--check", "--docs", str(tmp_path)]) == 0
-    (tmp_path / "metrics.md").write_text("old")
+    (tmp_path / "settings.md").write_text("old")
     assert main(["--check", "--docs", str(tmp_path)]) == 1
-    assert "metrics.md is out of date" in capsys.readouterr().out
+    assert "settings.md is out of date" in capsys.readouterr().out
