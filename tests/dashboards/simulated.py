@@ -1,6 +1,6 @@
-"""Two replicas' /metrics over time: the plugin's own observer, meter track, pairing, learning, attribution and exporter,
-run over recorded steps of an H200 in simulated time, scraped each 5 s; and those of a router, which places requests by
-the plugin's own ranking among two replicas, one loaded as the recording and one with a steady load.
+"""Two replicas' /metrics over time: the plugin's own observer, meter track, pairing, learning, attribution, expert
+counts, snapshots and exporter, run over recorded steps of an H200 in simulated time, scraped each 5 s; and a router's,
+which places requests by `routing.rank` on a replica loaded as the recording is or on one with a steady load.
 
 The recording is played twice, at the same time on two days, so that what compares with yesterday has a yesterday.
 vLLM's own metrics are made of the same steps (a token's latency is its step's duration).

@@ -10,8 +10,8 @@ from simulated import NOW_S, REPLICAS, ROUTER, Simulated
 
 from energylens_vllm.dashboards.boards import DASHBOARDS
 from energylens_vllm.dashboards.panel import Panel, Query, metrics_in
-from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS, Alert, Recording
 from energylens_vllm.dashboards.promql import EXPORTED
+from energylens_vllm.dashboards.rules import ALERTS, RECORDINGS, Alert, Recording
 from energylens_vllm.serving.metrics import COMPONENTS
 
 pytestmark = pytest.mark.prometheus
@@ -119,7 +119,6 @@ def test_the_prediction_is_as_good_as_on_the_recording(prometheus: Prometheus) -
 
 
 def test_routing_saves_what_its_two_sides_differ_by(prometheus: Prometheus) -> None:
-    """In the recording the other replica is mostly less loaded, or more: never the same."""
     saved = single(prometheus, panel_of("Saved by routing, as estimated", "energylens-fleet"))
     added = prometheus.at(filled_in("sum by (side) (increase(energylens_routing_added_joules_total[$__range]))"))
     sides = {series["side"]: value for series, (value,) in added}
