@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tpot-s", type=float, default=0.05, help="target of the time per token after (default 0.05)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
+    parser.add_argument("--metrics-port", type=int, help="port of Ray's metrics, ours among them (default: any)")
     return parser
 
 
@@ -52,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before the application is built, for which Ray would start a cluster of its own choice. Ray's internal ports
     # listen on all addresses, whatever is asked for.
     if (address := os.environ.get("RAY_ADDRESS")) is None:
-        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, num_cpus=_cpus(configs))
+        ray.init(
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            num_cpus=_cpus(configs),
+            _metrics_export_port=options.metrics_port,
+        )
     else:
         ray.init(address=address)
     try:

@@ -15,8 +15,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, build_openai_app
 
 from energylens_vllm.errors import EnergyLensError, unknown
+from energylens_vllm.hooks.ray.config import router_config
 from energylens_vllm.hooks.ray.ingress import fleet_handles
-from energylens_vllm.hooks.ray.server import EnergyServer, router_config
+from energylens_vllm.hooks.ray.server import EnergyServer
 from energylens_vllm.routing.fleet import Targets
 
 TARGETS = tuple(item.name for item in fields(Targets))

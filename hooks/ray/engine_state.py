@@ -22,8 +22,7 @@ MOST_FACTOR = 1000.0
 
 
 class EngineState(AggregateStatLoggerBase):
-    """A stat logger of vLLM, for one replica. Of several data-parallel ranks it says the mean, as a step table is of one
-    rank."""
+    """A stat logger of vLLM, for one replica. Of several data-parallel ranks it says the mean: a table is of one."""
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         self._vllm_config = vllm_config

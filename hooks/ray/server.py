@@ -6,25 +6,11 @@ import logging
 from typing import Any
 
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
-from ray.serve.config import RequestRouterConfig
 
+from energylens_vllm.hooks.ray.config import router_config
 from energylens_vllm.routing.report import MODEL, REPORT
 
 logger = logging.getLogger("ray.serve")
-
-ROUTER = "energylens_vllm.hooks.ray.router.EnergyRequestRouter"
-REPORT_PERIOD_S = 1.0
-
-
-def router_config(**targets: float) -> RequestRouterConfig:
-    """Ours as the request router of a deployment, with `Targets`, told of its replicas each second."""
-    return RequestRouterConfig(
-        request_router_class=ROUTER,
-        request_router_kwargs=targets,
-        request_routing_stats_period_s=REPORT_PERIOD_S,
-        # One that hangs is asked again soon after it has come back.
-        request_routing_stats_timeout_s=5 * REPORT_PERIOD_S,
-    )
 
 
 class EnergyReporting:
