@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from energylens_vllm.energy import EnergyModel
 from energylens_vllm.routing import Request, Snapshot, StepTable, rank
+from energylens_vllm.routing.policy import DEFAULT
 from energylens_vllm.serving.increments import Increments
 from energylens_vllm.serving.observer import Step, StepObserver
 from energylens_vllm.serving.predictor import ModelPredictor, Predictions
@@ -93,11 +94,12 @@ class Replica:
         )
         verdict, request = rank([snapshot], self._request)[0], self._request
         increments.set("energylens_marginal_energy_joules", verdict.joules / request.expected_output_tokens)
-        for target, predicted_s, target_s in (
-            ("ttft", verdict.ttft_s + silent_s, request.ttft_s),
-            ("tpot", verdict.tpot_s, request.tpot_s),
-        ):
-            increments.set("energylens_slo_headroom_ratio", 1 - predicted_s / target_s, target)
+        ttft = 1 - (verdict.ttft_s + silent_s) / request.ttft_s
+        tpot = 1 - verdict.tpot_s / request.tpot_s
+        if verdict.state == "infeasible" and min(ttft, tpot) >= DEFAULT.headroom:
+            ttft = 0.0  # no sequence or no cache is free: the request would wait until one is
+        increments.set("energylens_slo_headroom_ratio", ttft, "ttft")
+        increments.set("energylens_slo_headroom_ratio", tpot, "tpot")
 
     def _learn(self, steps: Sequence[Step], predictions: Predictions | None, now: float) -> None:
         """How long steps took over what was predicted, and how many prompt tokens came a second."""

@@ -75,6 +75,13 @@ def test_a_busy_engine_is_cheaper_and_has_less_room() -> None:
         assert busy[f"energylens_slo_headroom_ratio {target}"] < idle[f"energylens_slo_headroom_ratio {target}"]
 
 
+def test_an_engine_that_is_full_has_no_room_though_it_is_quick() -> None:
+    engine = Engine()
+    for full in (Live(256, 0, 256 * 700.0, 800_000.0), Live(8, 0, 790_000.0, 800_000.0)):
+        engine.live = full
+        assert engine.report()["energylens_slo_headroom_ratio ttft"] == 0.0
+
+
 def test_an_engine_that_hangs_has_no_room_and_grows_old() -> None:
     engine = Engine()
     engine.live = Live(4, 0, 2800.0, 800_000.0)
