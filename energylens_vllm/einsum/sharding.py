@@ -66,6 +66,9 @@ class Sharding:
         self.cascade, self.ranks, self.mesh = cascade, cascade.ranks, mesh
         #: sequence-parallel experts: only where tokens are replicated over tp and experts live on all GPUs
         self.sequence = mesh.ep > 1 and mesh.tp > 1 and mesh.dp > 1
+        #: all-to-all kernels, which vLLM uses with data parallelism only, send each GPU the tokens of its own experts,
+        #: and no row is made for another's
+        self.all2all = mesh.all2all and mesh.ep > 1 and mesh.dp > 1
         #: the axes of the group that shares the experts
         self.expert_axes: frozenset[Axis] = WHOLE
         if mesh.tp > 1:
@@ -117,7 +120,7 @@ class Sharding:
             return 1.0
         if place == "sequence":
             return 1.0 / self.mesh.tp
-        wanted = self.reached(experts) if self.mesh.all2all and self.mesh.ep > 1 and experts is not None else 1.0
+        wanted = self.reached(experts) if self.all2all and experts is not None else 1.0
         return self.mesh.dp * wanted
 
     def reached(self, name: str) -> float:
@@ -165,7 +168,7 @@ class Sharding:
 
     def _expert_shape(self, op: Literal["all_gather", "reduce_scatter"]) -> CollectiveShape:
         mesh = self.mesh
-        if mesh.all2all and mesh.ep > 1:
+        if self.all2all:
             return CollectiveShape("all_to_all", "ep", mesh.ep)
         if self.sequence:
             return CollectiveShape(op, "ep", mesh.ep)

@@ -77,25 +77,26 @@ class Counter:
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
-    def extent(self, name: str, place: Place, whole: bool = False) -> float:
-        """Elements on this GPU of a fixed rank; for a selected rank, those of one token."""
+    def extent(self, name: str, place: Place, whole: bool = False, remote: bool = False) -> float:
+        """Elements on this GPU of a fixed rank; for a selected rank, those of one token, with `remote` also those of
+        experts on other GPUs if this GPU has rows for them."""
         rank = self.ranks[name]
         if rank.select is not None:
-            if place != "experts":
+            if place != "experts" or (remote and not self.sharding.all2all):
                 return rank.select
             total, local = self.sharding.experts(name)
             return rank.select * local / total
         return rank.padded / (1 if whole else self.sharding.degree(name, place))
 
-    def amount(self, einsum: Einsum, ranks: Iterable[str], layout: Layout) -> Amount:
-        """Elements on this GPU of an activation with these ranks."""
+    def amount(self, einsum: Einsum, ranks: Iterable[str], layout: Layout, remote: bool = False) -> Amount:
+        """Elements on this GPU of an activation with these ranks; `remote` as in `extent`."""
         size, bounds, selected = 1.0, [], False
         for name in ranks:
             rank = self.ranks[name]
             if rank.bound is not None:
                 bounds.append(rank.bound)
             else:
-                size *= self.extent(name, layout.place, layout.gathered)
+                size *= self.extent(name, layout.place, layout.gathered, remote)
                 selected |= rank.select is not None
         if "tokens" in bounds:
             # Experts see every (token, selected expert) once, however tokens travel; other tensors, the tokens sent.
@@ -158,7 +159,10 @@ class Counter:
                 else:
                     layout = each.operands.get(tensor, Layout())
                     into = cache_read if kind == "kv_cache" else activations
-                    into.add(self.amount(einsum, access.ranks, layout), self.width(access))
+                    # Experts skip the rows of other GPUs' experts. They leave zeros for them, which whatever comes
+                    # after them reads and writes as any other row (vLLM, fused_moe.py: `write_zeros_to_output`).
+                    remote = not any(self.cascade.is_weight(each.tensor) for each in einsum.reads)
+                    into.add(self.amount(einsum, access.ranks, layout, remote), self.width(access))
             made.add(einsum.output.tensor)
         written: set[str] = set()
         for each in placed:
@@ -166,7 +170,7 @@ class Counter:
             if access.tensor in kept and access.tensor not in written:
                 written.add(access.tensor)
                 into = cache_written if self.cascade.kind(access.tensor) == "kv_cache" else activations
-                into.add(self.amount(each.einsum, access.ranks, each.output), self.width(access))
+                into.add(self.amount(each.einsum, access.ranks, each.output, remote=True), self.width(access))
         family = self._family(placed)
         gemm, gemms = self._gemm(placed) if family in ("linear", "experts") else (None, 1)
         return Kernel(

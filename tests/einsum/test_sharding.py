@@ -157,6 +157,25 @@ def test_experts_split_by_expert_or_by_intermediate(qwen3_moe: Cascade) -> None:
     assert (by_size.experts.local, by_expert.experts.local) == (128, 32)
 
 
+def test_rows_of_other_gpus_experts_are_zeros_that_still_move(qwen3_moe: Cascade) -> None:
+    def moved(mesh: Mesh) -> dict[str, float]:
+        kernels = qwen3_moe.kernels(Widths(), mesh)
+        return {kernel.name: kernel.activation_bytes.tokens for kernel in kernels}
+
+    ranks = qwen3_moe.ranks
+    m, d, chosen = ranks["m"].padded, ranks["d"].padded, ranks["x"].select
+    assert m and d
+    assert chosen
+    split, whole = moved(Mesh(tp=2, ep=2)), moved(Mesh())
+    for name in ("layer.act", "layer.sum"):  # every row, as on one GPU
+        assert split[name] == whole[name]
+    assert split["layer.w13"] == 2 * (d + 2 * m * chosen)
+    assert split["layer.w2"] == 2 * (m * chosen / 2 + d * chosen)  # but it skips the zeros that it would read
+    # All-to-all kernels bring each GPU the rows of its own experts alone. There are as many, from twice the tokens.
+    assert moved(Mesh(dp=2, ep=2, all2all=True))["layer.act"] == pytest.approx(whole["layer.act"])
+    assert moved(Mesh(dp=2, ep=2))["layer.act"] == pytest.approx(2 * whole["layer.act"])
+
+
 def test_redundant_experts(qwen3_moe: Cascade) -> None:
     kernel = named(qwen3_moe.kernels(mesh=Mesh(tp=4, ep=4, redundant_experts=8)))["layer.w13"]
     assert kernel.experts is not None
