@@ -164,7 +164,8 @@ def test_rows_of_other_gpus_experts_are_zeros_that_still_move(qwen3_moe: Cascade
 
     ranks = qwen3_moe.ranks
     m, d, chosen = ranks["m"].padded, ranks["d"].padded, ranks["x"].select
-    assert m and d
+    assert m
+    assert d
     assert chosen
     split, whole = moved(Mesh(tp=2, ep=2)), moved(Mesh())
     for name in ("layer.act", "layer.sum"):  # every row, as on one GPU
