@@ -25,9 +25,9 @@ from energylens_vllm.architectures import quantization as quantization_of
 from energylens_vllm.cli.deployment import add_model_argument
 from energylens_vllm.cli.table import quantity, table
 from energylens_vllm.errors import EnergyLensError
-from energylens_vllm.explore.explain import Choice, as_json, choices, dumps, row
+from energylens_vllm.explore.explain import Choice, as_json, choices, dumps, measured_releases, row
 from energylens_vllm.explore.search import Exploration, explore
-from energylens_vllm.explore.space import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, Load, Space
+from energylens_vllm.explore.space import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, VLLM_RELEASE, Load, Space
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "min": 60.0}
 _PER_SECOND = {"/s": 1.0, "": 1.0, "/min": 1 / 60, "/h": 1 / 3600}
@@ -73,9 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whole experts on each GPU (default: with and without)",
     )  # fmt: skip
     tried.add_argument(
-        "--enable-dbo", action="store_true",
-        help="also dual-batch overlap, where data and expert parallelism go together (vLLM needs DeepEP for it)",
+        "--expert-routing", default="uniform", metavar="HOW",
+        help="how tokens choose experts: uniform, zipf:ALPHA, collapsed, or a file of counts (default: uniform)",
     )  # fmt: skip
+    tried.add_argument(
+        "--enable-eplb", action="store_true",
+        help="also experts placed by their load, with expert parallelism",
+    )  # fmt: skip
+    tried.add_argument(
+        "--num-redundant-experts", type=int, nargs="+", metavar="N", help="copies to try with it (default: 0)"
+    )
+    tried.add_argument(
+        "--all2all-backend", nargs="+", metavar="NAME",
+        help="how tokens reach other ranks' experts, where data and expert parallelism go together "
+        "(default: allgather_reducescatter; DeepEP's are deepep_low_latency and deepep_high_throughput)",
+    )  # fmt: skip
+    tried.add_argument(
+        "--enable-dbo", action="store_true", help="also dual-batch overlap there, with DeepEP as vLLM has it"
+    )
     tried.add_argument(
         "--quantization", "-q", nargs="+", metavar="METHOD",
         help='of the weights; "none" leaves them as they are (default: none and, where the GPU computes in it, fp8)',
@@ -86,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         tried.add_argument(flag, type=int, nargs="+", metavar="N", help=f"limits of a step (default: {span})")
     tried.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="memory vLLM takes (default: 0.9)"
+    )
+    tried.add_argument(
+        "--vllm-release", default=VLLM_RELEASE, metavar="X.Y.Z", help=f"release to predict (default: {VLLM_RELEASE})"
     )
     tried.add_argument(
         "--power-limit-w", type=float, nargs="+", metavar="WATTS", help="power limits of each GPU (default: its own)"
@@ -146,6 +164,11 @@ def _space(args: argparse.Namespace) -> Space:
         max_num_seqs=several("max_num_seqs") or MAX_NUM_SEQS,
         max_num_batched_tokens=several("max_num_batched_tokens") or MAX_NUM_BATCHED_TOKENS,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        vllm_release=args.vllm_release,
+        expert_routing=args.expert_routing,
+        enable_eplb=args.enable_eplb,
+        num_redundant_experts=several("num_redundant_experts") or (0,),
+        all2all_backend=tuple(args.all2all_backend or Space.all2all_backend),
         enable_dbo=args.enable_dbo,
         power_limit_w=None if args.power_limit_w is None else tuple(args.power_limit_w),
     )
@@ -238,6 +261,8 @@ def as_text(found: Exploration, best: list[Choice], seconds: float) -> str:
         + (f"   # on each of {choice.replicas} replicas" if choice.replicas > 1 else "")
         for number, choice in enumerate(best, 1)
     ]
+    measured = " and ".join(f"{release} on {gpu}" for gpu, release in measured_releases(found).items())
+    lines.append(f"for vLLM {found.space.vllm_release}, from measurements of {measured}")
     if found.flags:
         lines.append("flags: " + ", ".join(sorted(found.flags)))
     return "\n\n".join(lines)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from energylens_vllm.einsum import Cascade
-from energylens_vllm.energy import Deployment, DualBatch, EnergyModel
+from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Integers
 from energylens_vllm.explore.memory import Memory
 from energylens_vllm.explore.space import Load, Space
 from energylens_vllm.hardware.profile import GpuProfile
+
+DEFAULT_BACKEND = Deployment().all2all_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,6 @@ class Engine:
 
     model: EnergyModel
     memory: Memory
-    dual_batch: bool = False
 
     @property
     def deployment(self) -> Deployment:
@@ -29,29 +30,17 @@ class Engine:
     @property
     def title(self) -> str:
         """The engine in a few words, such as "2 x H100-SXM, TP2, fp8"."""
-        return _describe(self.deployment) + (", DBO" if self.dual_batch else "")
+        return _describe(self.deployment)
 
     @classmethod
-    def of(cls, cascade: Cascade, deployment: Deployment, space: Space, dual_batch: bool = False) -> Engine:
+    def of(cls, cascade: Cascade, deployment: Deployment, space: Space) -> Engine:
         """The engine of a deployment."""
-        model = _model(cascade, deployment, dual_batch)
-        return cls(model, Memory.of(model, space.gpu_memory_utilization), dual_batch)
+        model = EnergyModel(cascade, deployment)
+        return cls(model, Memory.of(model, space.gpu_memory_utilization))
 
     def with_profile(self, profile: GpuProfile) -> EnergyModel:
         """Its model on a GPU with other coefficients."""
-        return _model(self.model.cascade, self.deployment, self.dual_batch, profile)
-
-
-def dual_batches(deployment: Deployment, space: Space) -> tuple[bool, ...]:
-    """Without dual-batch overlap, and with it where vLLM has it: its exchanges are those of DeepEP's kernels."""
-    both = space.enable_dbo and deployment.data_parallel_size > 1 and deployment.enable_expert_parallel
-    return (False, True) if both else (False,)
-
-
-def _model(
-    cascade: Cascade, deployment: Deployment, dual_batch: bool, profile: GpuProfile | None = None
-) -> EnergyModel:
-    return EnergyModel(cascade, deployment, profile, DualBatch() if dual_batch else None)
+        return EnergyModel(self.model.cascade, self.deployment, profile)
 
 
 def _describe(deployment: Deployment) -> str:
@@ -66,6 +55,10 @@ def _describe(deployment: Deployment) -> str:
     ]
     parts = [f"{deployment.num_gpus} x {deployment.gpu}", " ".join(degrees)]
     parts.append("EP" if deployment.enable_expert_parallel else "")
+    copies = deployment.num_redundant_experts
+    parts.append((f"EPLB +{copies}" if copies else "EPLB") if deployment.enable_eplb else "")
+    parts.append("" if deployment.all2all_backend == DEFAULT_BACKEND else deployment.all2all_backend)
+    parts.append("DBO" if deployment.enable_dbo else "")
     parts.append(deployment.quantization or "")
     parts.append(f"{deployment.kv_cache_dtype} KV" if deployment.kv_cache_dtype != "auto" else "")
     parts.append(f"{deployment.power_limit_w:.0f} W" if deployment.power_limit_w is not None else "")

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from energylens_vllm.energy import Deployment
+from energylens_vllm.explore.engine import DEFAULT_BACKEND
 from energylens_vllm.explore.search import Exploration
 from energylens_vllm.explore.space import MAX_CAPTURE_SIZE
 from energylens_vllm.explore.steady import steady
+from energylens_vllm.hardware.profile import load_profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +122,14 @@ def command(found: Exploration, index: int, served: str, quantized: bool = False
             words += [flag, str(degree)]
     if deployment.enable_expert_parallel:
         words.append("--enable-expert-parallel")
-    if engine.dual_batch:
-        words += ["--enable-dbo", "--all2all-backend", "deepep_low_latency"]
+    if deployment.enable_eplb:
+        words.append("--enable-eplb")
+        if copies := deployment.num_redundant_experts:
+            words += ["--eplb-config", json.dumps({"num_redundant_experts": copies})]
+    if deployment.all2all_backend != DEFAULT_BACKEND:
+        words += ["--all2all-backend", deployment.all2all_backend]
+    if deployment.enable_dbo:
+        words.append("--enable-dbo")
     if deployment.quantization is not None and not quantized:
         words += ["--quantization", deployment.quantization]
     if deployment.kv_cache_dtype != "auto":
@@ -218,6 +226,8 @@ def as_json(found: Exploration, best: list[Choice]) -> dict[str, object]:
     load = found.load
     return {
         "model": found.name,
+        "vllm_release": found.space.vllm_release,
+        "measured_releases": measured_releases(found),
         "load": {
             "prompt_tokens": load.prompt_tokens,
             "output_tokens": load.output_tokens,
@@ -239,6 +249,12 @@ def as_json(found: Exploration, best: list[Choice]) -> dict[str, object]:
     }
 
 
+def measured_releases(found: Exploration) -> dict[str, str]:
+    """GPU -> the release of vLLM that was measured on it and is nearest to the one that is predicted for."""
+    release = found.space.vllm_release
+    return {gpu: load_profile(gpu).measured_release(release) for gpu in dict.fromkeys(found.space.gpus)}
+
+
 def row(found: Exploration, index: int) -> dict[str, object]:
     """One deployment under vLLM's names, with what is predicted of it; None for what does not keep up."""
     table = found.deployments
@@ -256,7 +272,10 @@ def row(found: Exploration, index: int) -> dict[str, object]:
         "pipeline_parallel_size": deployment.pipeline_parallel_size,
         "data_parallel_size": deployment.data_parallel_size,
         "enable_expert_parallel": deployment.enable_expert_parallel,
-        "enable_dbo": engine.dual_batch,
+        "enable_eplb": deployment.enable_eplb,
+        "num_redundant_experts": deployment.num_redundant_experts,
+        "all2all_backend": deployment.all2all_backend,
+        "enable_dbo": deployment.enable_dbo,
         "quantization": deployment.quantization,
         "kv_cache_dtype": deployment.kv_cache_dtype,
         "power_limit_w": deployment.power_limit_w,

@@ -13,7 +13,7 @@ from energylens_vllm.einsum import Cascade
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Integers
 from energylens_vllm.explore.deployments import Deployments, evaluate
-from energylens_vllm.explore.engine import Engine, dual_batches, limits
+from energylens_vllm.explore.engine import Engine, limits
 from energylens_vllm.explore.nothing import nothing_fits, nothing_keeps_up
 from energylens_vllm.explore.pareto import pareto_front
 from energylens_vllm.explore.space import MOST_WAITING, Load, Space, engines
@@ -68,20 +68,19 @@ def explore(
     space = space or Space()
     base = EnergyModel(model, Deployment(gpu=space.gpus[0]))
     found = list(engines(base.cascade, base.quantization, space))
-    ways = [(deployment, dual) for deployment in found for dual in dual_batches(deployment, space)]
     kept: list[Engine] = []
     tables: list[Deployments] = []
-    for done, (deployment, dual) in enumerate(ways):
+    for done, deployment in enumerate(found):
         if progress is not None:
-            progress(done, len(ways))
-        engine = Engine.of(base.cascade, deployment, space, dual)
+            progress(done, len(found))
+        engine = Engine.of(base.cascade, deployment, space)
         batch_limits, budgets = limits(engine, load, space)
         replicas = _replicas(deployment.num_gpus, load, space)
         if len(batch_limits) and len(replicas):
             tables.append(evaluate(engine, len(kept), batch_limits, budgets, replicas, load))
             kept.append(engine)
     if progress is not None:
-        progress(len(ways), len(ways))
+        progress(len(found), len(found))
     if not tables:
         raise nothing_fits(base, found, load, space)
     table = Deployments.joined(tables)

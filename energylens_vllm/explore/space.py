@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from energylens_vllm.einsum import Cascade, Mesh, Widths
 from energylens_vllm.einsum.errors import EinsumError
 from energylens_vllm.energy import Deployment
+from energylens_vllm.energy.expert_exchange import ALL2ALL_BACKENDS
 from energylens_vllm.energy.precision import QUANTIZATIONS, format_of
-from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.errors import EnergyLensError, unknown
+from energylens_vllm.hardware.interconnect import load_interconnect
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
 #: Batch limits (`max_num_seqs`) that are tried; between the last that fits and the first that does not, the most that
@@ -21,6 +25,8 @@ MAX_NUM_SEQS = (
 )  # fmt: skip
 #: Tokens of a step (`max_num_batched_tokens`) that are tried.
 MAX_NUM_BATCHED_TOKENS = (2048, 4096, 8192, 16384)
+#: The release of vLLM that is predicted for if none is asked for: the newest that is tested.
+VLLM_RELEASE = "0.33.0"
 #: Rows and columns of weights that share a scale in checkpoints with block scales.
 SCALE_BLOCK = 128
 #: Share of requests that may wait in line where no bound on the time to first token is given.
@@ -91,7 +97,13 @@ class Space:
     max_num_batched_tokens: tuple[int, ...] = MAX_NUM_BATCHED_TOKENS
     gpu_memory_utilization: float = 0.9
     power_limit_w: tuple[float, ...] | None = None
-    enable_dbo: bool = False  #: also try vLLM's dual-batch overlap, where data and expert parallelism go together
+    vllm_release: str = VLLM_RELEASE
+    expert_routing: str = "uniform"  #: how tokens choose experts, see `Routing.parse`
+    enable_eplb: bool = False  #: also experts placed by their load, with each of these numbers of copies
+    num_redundant_experts: tuple[int, ...] = (0,)
+    #: where data and expert parallelism go together, how tokens reach other ranks' experts
+    all2all_backend: tuple[str, ...] = ("allgather_reducescatter",)
+    enable_dbo: bool = False  #: also dual-batch overlap there, with DeepEP's kernels as vLLM has it
 
     def __post_init__(self) -> None:
         if not self.gpus:
@@ -102,6 +114,14 @@ class Space:
             for value in given if isinstance(given, tuple) else (given,):
                 if value is not None and value < 1:
                     raise EnergyLensError(f"{name}: {value!r} is not a positive whole number")
+        for copies in self.num_redundant_experts:
+            if copies < 0:
+                raise EnergyLensError(f"num_redundant_experts: {copies!r} is not a whole number of at least 0")
+        if any(self.num_redundant_experts) and not self.enable_eplb:
+            raise EnergyLensError(f"num_redundant_experts: {max(self.num_redundant_experts)} needs enable_eplb")
+        for backend in self.all2all_backend:
+            if backend not in ALL2ALL_BACKENDS:
+                raise unknown("all2all_backend", backend, ALL2ALL_BACKENDS)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise EnergyLensError(f"gpu_memory_utilization: {self.gpu_memory_utilization!r}; accepted: above 0, to 1")
 
@@ -121,19 +141,51 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
             for method in _quantizations(quantization, profile, space):
                 if not _blocks_fit(cascade, method, Mesh(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep else 1)):
                     continue
-                for cache in _cache_types(profile, space):
-                    for limit in space.power_limit_w or (None,):
-                        yield Deployment(
-                            gpu=gpu,
-                            tensor_parallel_size=tp,
-                            pipeline_parallel_size=pp,
-                            data_parallel_size=dp,
-                            enable_expert_parallel=ep,
-                            quantization=method,
-                            kv_cache_dtype=cache,
-                            cudagraph_capture_sizes=CAPTURE_SIZES,
-                            power_limit_w=limit,
-                        )
+                for cache, limit, placed, sent in itertools.product(
+                    _cache_types(profile, space),
+                    space.power_limit_w or (None,),
+                    _placements(cascade, tp * dp, space) if ep else ({},),
+                    _exchanges(profile, space) if ep and dp > 1 else ({},),
+                ):
+                    yield Deployment(
+                        gpu=gpu,
+                        tensor_parallel_size=tp,
+                        pipeline_parallel_size=pp,
+                        data_parallel_size=dp,
+                        enable_expert_parallel=ep,
+                        quantization=method,
+                        kv_cache_dtype=cache,
+                        cudagraph_capture_sizes=CAPTURE_SIZES,
+                        power_limit_w=limit,
+                        vllm_release=space.vllm_release,
+                        expert_routing=space.expert_routing,
+                        **placed,
+                        **sent,
+                    )
+
+
+def _placements(cascade: Cascade, ranks: int, space: Space) -> Iterator[dict[str, Any]]:
+    """Experts in order and, if asked for, placed by their load, with copies that fill all ranks alike as in vLLM."""
+    yield {}
+    if not space.enable_eplb:
+        return
+    names = {cascade.expert_rank(block) for block in cascade.blocks} - {None}
+    sizes = {cascade.ranks[name].size for name in names if name is not None}
+    for copies in dict.fromkeys(space.num_redundant_experts):
+        if all(size is not None and (size + copies) % ranks == 0 for size in sizes):
+            yield {"enable_eplb": True, "num_redundant_experts": copies}
+
+
+def _exchanges(profile: GpuProfile, space: Space) -> Iterator[dict[str, Any]]:
+    """How tokens reach other ranks' experts, as far as it was measured on the GPU."""
+    measured = bool(load_interconnect(profile.name, profile.nvlink).expert_exchange)
+    deepep = [backend for backend in ALL2ALL_BACKENDS if ALL2ALL_BACKENDS[backend]]
+    for backend in dict.fromkeys(space.all2all_backend):
+        if measured or backend not in deepep:
+            yield {"all2all_backend": backend}
+    if space.enable_dbo and measured:
+        for backend in [each for each in space.all2all_backend if each in deepep] or deepep:
+            yield {"all2all_backend": backend, "enable_dbo": True}
 
 
 def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[tuple[int, int, int, bool]]:

@@ -72,10 +72,19 @@ class GpuProfile:
         """Whether the default tiles of vLLM's fused experts follow the number of tokens (later than 0.11)."""
         return _release(self.vllm_release) >= (0, 12)
 
+    @property
+    def contiguous_experts(self) -> bool:
+        """Whether vLLM ran 8-bit experts by DeepGEMM's contiguous grouped GEMM, at every batch size: 0.11, where
+        `VLLM_USE_DEEP_GEMM_E8M0` is on by default (triton_deep_gemm_moe.py)."""
+        return _release(self.vllm_release) < (0, 12)
+
+    def measured_release(self, release: str) -> str:
+        """The release that was measured and is nearest to `release`."""
+        return min([self.vllm_release, *self.by_release], key=lambda known: _distance(known, release))
+
     def at_release(self, release: str) -> GpuProfile:
         """The profile for a release of vLLM: with the coefficients that were measured nearest to it."""
-        measured = min([self.vllm_release, *self.by_release], key=lambda known: _distance(known, release))
-        other = self.by_release.get(measured, {})
+        other = self.by_release.get(self.measured_release(release), {})
         return replace(self, vllm_release=release, coefficients={**self.coefficients, **other}, by_release={})
 
     def with_values(self, values: Mapping[str, float], source: str) -> GpuProfile:

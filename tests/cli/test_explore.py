@@ -16,6 +16,9 @@ BASE = ["explore", "--model", "llama-3.1-70b", "--gpu", "H100-SXM", "--prompt", 
 MOE = ["explore", "--model", "qwen3-30b-a3b-fp8", "--gpu", "H100-SXM", "--max-gpus", "4", "--prompt", "500",
        "--output", "200", "-dp", "1", "2", "-ep"]  # fmt: skip
 
+EVERY = [*MOE, "--enable-eplb", "--num-redundant-experts", "0", "8", "--expert-routing", "zipf:0.8", "--enable-dbo",
+         "--all2all-backend", "allgather_reducescatter", "deepep_high_throughput", "--top", "50"]  # fmt: skip
+
 
 def test_the_json_is_what_the_library_finds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*BASE, "--ttft", "1s", "--tpot", "50ms", "--top", "3", "--json"]) == 0
@@ -61,7 +64,7 @@ def test_files_hold_every_deployment(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("arguments", [[*BASE, "--top", "5"], MOE], ids=["dense", "experts"])
+@pytest.mark.parametrize("arguments", [[*BASE, "--top", "5"], MOE, EVERY], ids=["dense", "experts", "every way"])
 def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -73,8 +76,10 @@ def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFix
         assert (program, verb) == ("vllm", "serve")
         args = parser.parse_args(words)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel",
-                     "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens"):  # fmt: skip
+                     "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "enable_eplb", "all2all_backend",
+                     "enable_dbo"):  # fmt: skip
             assert getattr(args, name) == row[name]
+        assert args.eplb_config.num_redundant_experts == row["num_redundant_experts"]
         # A checkpoint that is stored in its quantization says so itself.
         assert args.quantization == (None if "fp8_per_block" in str(row["quantization"]) else row["quantization"])
         assert args.gpu_memory_utilization == 0.9

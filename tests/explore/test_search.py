@@ -9,8 +9,8 @@ import pytest
 
 from energylens_vllm import EnergyLensError, EnergyModel
 from energylens_vllm.explore import Exploration, Load, Space, explore
-from energylens_vllm.explore.explain import command
-from energylens_vllm.explore.space import engines
+from energylens_vllm.explore.explain import command, measured_releases
+from energylens_vllm.explore.space import VLLM_RELEASE, engines
 
 LOAD = Load(1000, 300, ttft_s=1.0, tpot_s=0.05)
 H100 = Space(gpus=("H100-SXM",))
@@ -199,18 +199,87 @@ def test_several_kinds_of_gpu_compete() -> None:
     assert {engine.deployment.gpu for engine in found.engines} == {"H100-SXM", "A100-SXM-80GB"}
 
 
+EXPERTS = Space(gpus=("H200-SXM",), max_gpus=4, data_parallel_size=(1, 4), quantization=(None,),
+                kv_cache_dtype=("auto",))  # fmt: skip
+
+
+def commands(found: Exploration, **asked: object) -> list[str]:
+    """Commands of all deployments that are so."""
+    ways = [engine.deployment for engine in found.engines]
+    return [
+        command(found, index, "m")
+        for index, engine in enumerate(found.deployments.engine)
+        if all(getattr(ways[engine], name) == value for name, value in asked.items())
+    ]
+
+
 def test_dual_batch_overlap_where_vllm_has_it() -> None:
-    space = Space(gpus=("H200-SXM",), max_gpus=4, data_parallel_size=(1, 4), quantization=(None,),
-                  kv_cache_dtype=("auto",), enable_dbo=True)  # fmt: skip
+    found = explore("qwen3-30b-a3b", Load(1000, 300), replace(EXPERTS, enable_dbo=True))
+    dual = [engine.deployment for engine in found.engines if engine.deployment.enable_dbo]
+    assert {each.all2all_backend for each in dual} == {"deepep_low_latency", "deepep_high_throughput"}
+    assert all(each.data_parallel_size > 1 and each.enable_expert_parallel for each in dual)
+    plain = {engine.title for engine in found.engines if not engine.deployment.enable_dbo}
+    titles = {engine.title for engine in found.engines if engine.deployment.enable_dbo}
+    assert {title.partition(", deepep")[0] for title in titles} <= plain
+    assert {"overlap_not_measured", "all2all_not_measured"} <= found.flags
+    assert all(
+        f"--all2all-backend {backend} --enable-dbo" in text
+        for backend in ("deepep_low_latency", "deepep_high_throughput")
+        for text in commands(found, enable_dbo=True, all2all_backend=backend)
+    )
+    assert not any("--enable-dbo" in text for text in commands(found, enable_dbo=False))
+
+
+def test_exchanges_are_tried_where_they_were_measured() -> None:
+    both = ("allgather_reducescatter", "deepep_low_latency")
+    space = replace(EXPERTS, gpus=("H200-SXM", "A100-SXM-80GB"), all2all_backend=both)
     found = explore("qwen3-30b-a3b", Load(1000, 300), space)
-    dual = [engine for engine in found.engines if engine.dual_batch]
-    assert dual
-    assert all(each.deployment.data_parallel_size > 1 and each.deployment.enable_expert_parallel for each in dual)
-    plain = {engine.title for engine in found.engines if not engine.dual_batch}
-    assert {engine.title.removesuffix(", DBO") for engine in dual} <= plain
-    assert "overlap_not_measured" in found.flags
-    index = int(np.flatnonzero(np.array([e.dual_batch for e in found.engines])[found.deployments.engine])[-1])
-    assert "--enable-dbo --all2all-backend deepep_low_latency" in command(found, index, "m")
+    by_gpu = {
+        gpu: {e.deployment.all2all_backend for e in found.engines if e.deployment.gpu == gpu} for gpu in space.gpus
+    }
+    assert by_gpu == {"H200-SXM": set(both), "A100-SXM-80GB": {"allgather_reducescatter"}}
+    tried = {e.title: e for e in found.engines}
+    one, other = (tried[f"4 x H200-SXM, DP4, EP{name}"] for name in ("", ", deepep_low_latency"))
+    requests = [(1, 1000)] * 256
+    assert one.model.step(requests).components["communication"] != pytest.approx(
+        other.model.step(requests).components["communication"], rel=0.01
+    )
+
+
+def test_experts_that_are_balanced_pay_where_routing_is_uneven() -> None:
+    space = replace(EXPERTS, tensor_parallel_size=(4,), data_parallel_size=(1,), expert_routing="zipf:1.0",
+                    enable_eplb=True, num_redundant_experts=(0, 16, 17))  # fmt: skip
+    found = explore("qwen3-30b-a3b", Load(1000, 300), space)
+    titles = {engine.title: position for position, engine in enumerate(found.engines)}
+    assert set(titles) == {
+        "4 x H200-SXM, TP4",
+        *(f"4 x H200-SXM, TP4, EP{name}" for name in ("", ", EPLB", ", EPLB +16")),
+    }
+    table = found.deployments
+    at = {
+        title: table.token_j[(table.engine == position) & (table.max_num_seqs == 512)].min()
+        for title, position in titles.items()
+    }
+    assert at["4 x H200-SXM, TP4, EP, EPLB"] < at["4 x H200-SXM, TP4, EP"]
+    weights = {title: found.engines[position].memory.weights for title, position in titles.items()}
+    assert weights["4 x H200-SXM, TP4, EP, EPLB +16"] > 1.1 * weights["4 x H200-SXM, TP4, EP, EPLB"]
+    assert any(
+        """--enable-eplb --eplb-config '{"num_redundant_experts": 16}'""" in text
+        for text in commands(found, num_redundant_experts=16)
+    )
+    assert all("--enable-eplb" in text for text in commands(found, enable_eplb=True))
+
+
+def test_the_newest_release_is_predicted_unless_another_is_asked_for() -> None:
+    small = replace(EXPERTS, gpus=("H100-SXM",), max_gpus=1)
+    newest, old = (explore("qwen3-30b-a3b", Load(1000, 300), space) for space in (
+        small, replace(small, vllm_release="0.11.1")))  # fmt: skip
+    assert {engine.deployment.vllm_release for engine in newest.engines} == {VLLM_RELEASE}
+    assert newest.engines[0].model.profile.async_scheduling
+    assert not old.engines[0].model.profile.async_scheduling
+    assert measured_releases(old) == {"H100-SXM": "0.11.1"}
+    assert measured_releases(newest) == {"H100-SXM": "0.25.1"}
+    assert newest.deployments.token_j.min() != old.deployments.token_j.min()
 
 
 def test_progress_is_told() -> None:
@@ -232,6 +301,10 @@ def test_progress_is_told() -> None:
         ({"gpus": ()}, "gpus: none given"),
         ({"quantization": ("fp9",)}, "quantization: unknown value 'fp9'"),
         ({"gpu_memory_utilization": 1.2}, "gpu_memory_utilization: 1.2"),
+        ({"num_redundant_experts": (-1,)}, "num_redundant_experts: -1"),
+        ({"num_redundant_experts": (8,)}, "num_redundant_experts: 8 needs enable_eplb"),
+        ({"all2all_backend": ("deepep_lowlatency",)}, "did you mean 'deepep_low_latency'"),
+        ({"vllm_release": "newest"}, "vllm_release: 'newest' is not a release"),
         ({"max_gpus": 1, "quantization": (None,)}, "does not fit 1 x H100-SXM: a GPU would hold 141.1 GB"),
         ({"max_gpus": 7, "exactly": True, "pipeline_parallel_size": (1,), "quantization": (None,)},
          "uses exactly 7 GPUs; an engine takes 2, 4 of them"),
