@@ -21,7 +21,9 @@ def microseconds(replicas: int, batches: int = 200, calls: int = 20) -> tuple[fl
     snapshots.running[:] = random.integers(0, 64, replicas)
     snapshots.mean_context[:] = 1000.0
     snapshots.kv_tokens_used[:] = snapshots.running * 1000
-    request = Request(500, 200.0, np.zeros(replicas), 1.0, 0.05, previous=1)
+    snapshots.waiting_tokens[:] = random.integers(0, 3, replicas) * 700
+    snapshots.prefill_tokens_per_s[:] = random.integers(0, 9000, replicas)
+    request = Request(500, 200.0, np.zeros(replicas), 1.0, 0.05, previous=1, short_output=(10.0, 150.0))
     config = Config()
     took = []
     for _ in range(batches):
@@ -34,6 +36,6 @@ def microseconds(replicas: int, batches: int = 200, calls: int = 20) -> tuple[fl
 
 if __name__ == "__main__":
     print(f"{'replicas':>8} {'least us':>9} {'median us':>9}")
-    for count in (2, 8, 64, 256):
+    for count in (2, 8, 16, 64, 256):
         least, median = microseconds(count)
         print(f"{count:8d} {least:9.1f} {median:9.1f}")

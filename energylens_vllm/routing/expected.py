@@ -15,6 +15,10 @@ FIRST_GUESS = 200.0
 WINDOW = 2000.0
 #: Answers that a prompt length needs of its own to count as much as all lengths together.
 ENOUGH = 30.0
+#: Answers that count for the guess that a share t / (mean + t) of them is shorter than t tokens.
+GUESSED = 10.0
+#: A share of answers that is taken for none.
+NEGLIGIBLE = 0.01
 _PROMPTS = 22  #: octaves of prompt tokens: up to 2 million
 _BINS = 44  #: half octaves of output tokens: likewise
 
@@ -60,12 +64,29 @@ class _Histogram:
         )  # the mean of a bin is below `most`, or all of it is taken for longer
         return tokens / self.total
 
+    def short(self) -> tuple[float, float]:
+        """See `ExpectedOutput.short`."""
+        mean, total = self.total_tokens / self.total, self.count + GUESSED
+        least, spread, shorter = 0.0, math.inf, 0.0
+        for at in range(_BINS):
+            tokens = 2 ** (at / 2)  # from here on is bin `at`
+            if tokens > mean / 4:
+                break
+            share = (shorter / self.scale + GUESSED * tokens / (mean + tokens)) / total
+            if share <= NEGLIGIBLE:
+                least = tokens
+            elif tokens > mean / 16:
+                spread = min(spread, (tokens - least) * (1 / share - 1))
+            shorter += self.weights[at]
+        return least, spread if spread < math.inf else mean
+
 
 class ExpectedOutput:
     """Learns from one model's answers. Not safe for several threads at once."""
 
     def __init__(self) -> None:
         self._all = _Histogram()
+        self._short, self._short_at = (0.0, FIRST_GUESS), 0
         self._by_prompt: list[_Histogram | None] = [None] * _PROMPTS
 
     def learn(self, prompt_tokens: int, output_tokens: int) -> None:
@@ -73,6 +94,7 @@ class ExpectedOutput:
         if output_tokens < 1:
             return
         self._all.add(output_tokens)
+        self._short_at -= 1
         at = _octave(prompt_tokens)
         own = self._by_prompt[at]
         if own is None:
@@ -88,6 +110,15 @@ class ExpectedOutput:
         if own is None:
             return max(every, 1.0)
         return min(max((own.count * own.mean(most) + ENOUGH * every) / (own.count + ENOUGH), 1.0), most)
+
+    @property
+    def short(self) -> tuple[float, float]:
+        """How short answers may be, as (least, spread): next to none is shorter than `least`, and at most a share
+        t / (spread + t) is shorter than least + t tokens, up to a quarter of the mean."""
+        if self._short_at <= 0 and self._all.total:  # again after some answers: it takes microseconds
+            self._short_at = 32
+            self._short = self._all.short()
+        return self._short
 
 
 def _octave(prompt_tokens: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from energylens_vllm.errors import unknown
 from energylens_vllm.routing.engine import Engine
+from energylens_vllm.routing.expected import ExpectedOutput
 from energylens_vllm.routing.policy import DEFAULT, Config, Request, Snapshots, rank
 from energylens_vllm.routing.table import StepTable
 from energylens_vllm.routing.trace import Arrival
@@ -113,25 +114,23 @@ def llm_d(setting: Setting) -> Choose:
     return choose
 
 
-#: Output tokens that are expected before any request has ended.
-FIRST_GUESS = 200.0
 #: Weight of each look at a replica's decode steps in what is learnt of its speed.
 LEARNING = 0.05
 
 
 def energy(setting: Setting, config: Config = DEFAULT) -> Choose:
-    """Ours: `rank` with live state, believed step tables, the mean output of the requests that have ended, and
-    how long decode steps took over what was predicted for them."""
+    """Ours: `rank` with live state, believed step tables, what is learnt of output lengths from the requests that have
+    ended, and how long decode steps took over what was predicted for them."""
     engines = setting.engines
     snapshots = Snapshots.empty(setting.beliefs)
-    previous, ended, tokens = -1, 1.0, FIRST_GUESS
+    previous, expected = -1, ExpectedOutput()
     seen = [0] * len(engines)
     cached = np.zeros(len(engines))
     readers = [belief.reader() for belief in setting.beliefs]
     order, prompts = -1, 0.0
 
     def choose(arrival: Arrival, now: float) -> int:
-        nonlocal previous, ended, tokens, order, prompts
+        nonlocal previous, order, prompts
         for i, engine in enumerate(engines):
             n = len(engine.members)
             snapshots.running[i] = _held(engine)
@@ -142,19 +141,22 @@ def energy(setting: Setting, config: Config = DEFAULT) -> Choose:
             if arrival.prefix:
                 cached[i] = engine.cached_tokens(arrival)
             for job in engine.finished[seen[i] :]:
-                ended, tokens = ended + 1, tokens + job.arrival.output_tokens
+                expected.learn(job.arrival.prompt_tokens, job.arrival.output_tokens)
             seen[i] = len(engine.finished)
-            if (event := engine.event) is not None and event.decodes and not event.chunks:  # as the plugin measures it
+            event = engine.event
+            # What the plugin measures of a step.
+            if n and event is not None and event.decodes == n and not event.chunks:
                 ratio = event.step_s / readers[i].decode(n, engine.context / n + engine.count)[0]
                 snapshots.time_factor[i] += LEARNING * (ratio - snapshots.time_factor[i])
         prompts += arrival.prompt_tokens - (cached.max() if arrival.prefix else 0.0)
         request = Request(
             arrival.prompt_tokens,
-            tokens / ended,
+            expected.tokens(arrival.prompt_tokens),
             cached,
             setting.ttft_s,
             setting.tpot_s,
             typical_prompt_tokens=prompts / (order + 2),
+            short_output=expected.short,
             previous=previous,
         )
         ranking = rank(snapshots, request, config)

@@ -48,11 +48,11 @@ class StepTable:
     mixed_gpu_s: Array
     mixed_host_s: Array
     mixed_j: Array
-    pair_s: float
+    pair_s: float  #: of a (query, key) pair of prefill, beyond those that `mixed_gpu_s` has
     pair_j: float
     marginal_j: Array
-    prefill_s_per_token: float
-    prefill_j_per_token: float  #: above idle power
+    prefill_s_per_token: float  #: without attention, which `pair_s` and `pair_j` have
+    prefill_j_per_token: float  #: likewise, above idle power
     time_std: float  #: relative, as the model states it
     energy_std: float
 
@@ -87,8 +87,11 @@ class StepTable:
         alone = model.predict(steps_from_arrays([typical], [0.0], [0, 1], model.masks, [False]))
         large = model.predict(steps_from_arrays([budget], [0.0], [0, 1], model.masks, [False]))
         # Where one prompt is bound by the host, a fuller step is what a busy replica runs.
-        s_per_token = min(float(alone.time_s[0]) / typical, float(large.time_s[0]) / budget)
-        j_per_token = float(large.energy_j[0]) / budget - idle_w * float(large.time_s[0]) / budget
+        s_per_token = min(
+            float(each.time_s[0]) / size - pair_s * size / 2 for each, size in ((alone, typical), (large, budget))
+        )
+        above_idle_j = float(large.energy_j[0]) - idle_w * float(large.time_s[0])
+        j_per_token = above_idle_j / budget - (pair_j - idle_w * pair_s) * budget / 2
         sure = decoded[0]
         return cls(
             max_num_seqs=most,

@@ -12,7 +12,8 @@ from hypothesis import strategies as some
 
 from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.errors import EnergyLensError
-from energylens_vllm.routing import Config, Request, Snapshot, StepTable, rank
+from energylens_vllm.routing import Config, Request, Snapshot, Snapshots, StepTable, rank
+from energylens_vllm.routing.policy import FEASIBLE, INFEASIBLE, _rank_few, _rank_many
 
 TABLE = StepTable.compile(EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM", max_num_seqs=256)), 800_000)
 SLOW = StepTable.compile(EnergyModel("llama-3.1-8b", Deployment(gpu="L40S", max_num_seqs=256)), 100_000)
@@ -30,6 +31,8 @@ snapshot = some.builds(
     healthy=some.booleans(),
     powered=some.booleans(),
     role=some.sampled_from(["both", "prefill", "decode"]),
+    start_s=some.sampled_from([math.inf, 30.0]),
+    start_j=some.floats(0, 1e4),
 )
 fleets = some.lists(snapshot, min_size=1, max_size=12)
 requests = some.builds(
@@ -58,7 +61,7 @@ def test_all_replicas_are_ranked_once_and_by_state(fleet: list[Snapshot], reques
             assert verdict.joules >= 0
         if verdict.state != "out":
             assert each.healthy
-            assert each.powered
+            assert each.powered or each.start_s < math.inf
     assert repr(list(ranking)) == repr(list(rank(fleet, request)))  # pure; NaN is not equal to itself
     everyone_out = all(verdict.state == "out" for verdict in ranking)
     assert (ranking.best is None) == everyone_out  # else somebody serves it, however late
@@ -145,3 +148,77 @@ def test_a_setting_out_of_range_is_named(wrong: dict[str, float]) -> None:
 def test_a_request_of_nothing_is_refused() -> None:
     with pytest.raises(EnergyLensError, match="accepted"):
         rank([idle()], Request(10, 0.0))
+
+
+@given(some.lists(snapshot, min_size=1, max_size=30), requests, some.sampled_from([None, (0.0, 50.0), (16.0, 300.0)]))
+@settings(max_examples=300, deadline=None)
+def test_one_by_one_and_all_at_once_agree(
+    fleet: list[Snapshot], request: Request, short: tuple[float, float] | None
+) -> None:
+    snapshots, request = Snapshots.of(fleet), replace(request, short_output=short)
+    few, many = (each(snapshots, request, Config()) for each in (_rank_few, _rank_many))
+    assert few.fallback == many.fallback
+    assert list(few.state) == list(many.state)
+    known = [i for i, state in enumerate(few.state) if state in (FEASIBLE, INFEASIBLE)]
+    for what in ("joules", "ttft_s", "tpot_s", "risk"):
+        one, other = (np.asarray(getattr(each, what))[known] for each in (few, many))
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-15)
+    # Places differ at most between those whose keys differ by rounding.
+    for one, other in zip(few, many, strict=True):
+        assert one.state == other.state
+        assert one.replica == other.replica or one.state == "infeasible" or one.joules == pytest.approx(other.joules)
+
+
+@given(
+    some.integers(0, 250), some.integers(0, 50_000), some.integers(1, 5), some.integers(0, 5000), some.floats(0, 1e4)
+)
+@settings(max_examples=150, deadline=None)
+def test_more_load_is_never_less_risk(
+    running: int, waiting: int, more_running: int, more_waiting: int, rate: float
+) -> None:
+    less = Snapshot(TABLE, float(running), float(waiting), 0.0, 700.0, rate)
+    more = replace(less, running=float(running + more_running), waiting_tokens=float(waiting + more_waiting))
+    request = replace(REQUEST, prompt_tokens=1000, short_output=(5.0, 100.0), tpot_s=1.0)
+    ranking = rank([less, more], request)
+    assert ranking.risk[1] >= ranking.risk[0] - 1e-12
+
+
+def test_a_long_prompt_keeps_away_from_prompts_that_wait() -> None:
+    """Those who wait there are young when it is prefilled: short answers among them would be late."""
+    fleet = [Snapshot(TABLE, 3.0, 3000.0, 3000.0, 1000.0), idle(running=1), idle()]
+    request = replace(REQUEST, typical_prompt_tokens=1000.0, ttft_s=5.0)
+    short, long = (rank(fleet, replace(request, prompt_tokens=tokens)) for tokens in (16, 20_000))
+    assert short.best == 0
+    assert long.best != 0
+    assert "would be late" in next(verdict.reason for verdict in long if verdict.replica == 0)
+
+
+def test_long_answers_endure_more(table: StepTable) -> None:
+    fleet = [Snapshot(table, 3.0, 3000.0, 3000.0, 1000.0)]
+    request = replace(REQUEST, prompt_tokens=2000)
+    risks = [rank(fleet, replace(request, short_output=(0.0, spread))).risk[0] for spread in (10.0, 100.0, 1000.0)]
+    assert risks[0] > risks[1] > risks[2] > 0
+    assert rank(fleet, replace(request, short_output=(1e5, 1000.0))).risk[0] == 0
+
+
+def test_a_start_is_charged_and_waited_for() -> None:
+    off = idle(powered=False)
+    starts = replace(off, start_s=30.0, start_j=5000.0)
+    assert rank([off], REQUEST)[0].state == "out"
+    ranking = rank([starts, idle()], replace(REQUEST, ttft_s=math.inf))
+    assert ranking.best == 1
+    assert ranking.joules[0] - ranking.joules[1] == pytest.approx(5000.0)
+    assert ranking.ttft_s[0] - ranking.ttft_s[1] == pytest.approx(30.0)
+    assert rank([starts], REQUEST)[0].state == "infeasible"  # it would be late, but somebody has to
+
+
+@given(some.integers(1, 12), some.integers(0, 40))
+@settings(max_examples=50, deadline=None)
+def test_nobody_starves(count: int, sent: int) -> None:
+    """Whoever holds nothing gets a request as soon as all others hold enough to miss a target, and a replica that was
+    infeasible is chosen again once its load has gone."""
+    request = replace(REQUEST, tpot_s=2.5 * float(TABLE.decode_s[1, 3]))
+    busy = [idle(running=200.0 + i) for i in range(count)]
+    assert rank([*busy, idle()], request).best == count
+    emptied = [idle(), *busy[1:]]
+    assert rank(emptied, replace(request, previous=sent % count)).best == 0
