@@ -56,14 +56,12 @@ def _spin(point: Point, device: torch.device) -> Launcher:
 
 def _memory(point: Point, device: torch.device) -> Launcher:
     read, written = (point.shape[name] // 4 for name in ("read", "written"))
-    source = _normal(read or 4096, device=device, dtype=torch.float32)
+    source = _normal(read or written, device=device, dtype=torch.float32)
     if not written:
         return Launcher(lambda _: torch.sum(source))
-    into = torch.empty(written, device=device)
-    if not read:
-        rows = into.view(-1, len(source))
-        return Launcher(lambda _: rows.copy_(source.expand_as(rows)))
-    return Launcher(lambda _: torch.neg(source, out=into))
+    copies = 1 if read else MOST_COPIES  # of what is written; what is read then stays in the cache
+    into = [torch.empty(written, device=device) for _ in range(copies)]
+    return Launcher(lambda i: torch.neg(source, out=into[i]), copies)
 
 
 def _tiny(point: Point, device: torch.device) -> Launcher:

@@ -27,8 +27,9 @@ Kind = Literal["idle", "spin", "memory", "launch", "host", "linear", "linear_fp8
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 #: Experts of the experts' points: a layer of Qwen3-30B-A3B.
 EXPERTS, SELECTED, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768
-#: Bytes that a memory point moves in a launch, well beyond any L2 cache.
-MEMORY_BYTES = 1 << 30
+#: Bytes that a memory point reads or copies in a launch, well beyond any L2 cache; and bytes that are written over and
+#: over from what a cache holds.
+MEMORY_BYTES, CACHED_BYTES = 1 << 30, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,10 @@ class Point:
 
 
 class Expected(NamedTuple):
-    """What a profile says of a point: seconds of a launch, mean watts while it repeats, clock over the top clock."""
+    """What a profile says of a point: seconds of a launch (0 for idle states) and mean watts while it repeats."""
 
     time_s: float
     power_w: float
-    clock: float
 
 
 def points() -> list[Point]:
@@ -55,7 +55,7 @@ def points() -> list[Point]:
         Point("idle", "idle with a CUDA context", {"context": 1}),
         Point("spin", "one thread that waits", {}),
         Point("memory", "memory read", {"read": MEMORY_BYTES, "written": 0}),
-        Point("memory", "memory written", {"read": 0, "written": MEMORY_BYTES}),
+        Point("memory", "memory written", {"read": 0, "written": CACHED_BYTES}),
         Point("memory", "memory copied", {"read": MEMORY_BYTES // 2, "written": MEMORY_BYTES // 2}),
         Point("launch", "kernel launched by a CUDA graph", {}),
         Point("host", "kernel launched by the host", {}),
@@ -95,26 +95,45 @@ def _experts(tokens: int) -> Point:
 # -- what the model makes of them -------------------------------------------------------------------------------------
 
 
-def expected(point: Point, profile: GpuProfile, clock: float | None = None, time_s: float | None = None) -> Expected:
-    """What `profile` predicts. `clock`: that at which an idle GPU was seen, over its top clock. `time_s`: seconds of a
-    launch, where they were measured with another kernel than vLLM's and only the joules are to be predicted."""
+def expected(point: Point, profile: GpuProfile, clock: float = 1.0, time_s: float | None = None) -> Expected:
+    """What `profile` predicts at a clock (over the top clock). `time_s`: seconds of a launch where those were measured,
+    for the watts; by default the predicted ones. Memory points have none of their own: torch's kernels are not vLLM's.
+    """
     p = profile
-    if point.kind == "idle":
-        r = 1.0 if clock is None else clock
-        voltage = p["power.voltage_floor"] + (1 - p["power.voltage_floor"]) * r
-        return Expected(0.0, p["power.floor_w"] + (p["power.static_w"] - p["power.floor_w"]) * r * voltage**2, r)
-    if point.kind == "spin":
-        return Expected(0.0, p["power.static_w"], 1.0)
+    voltage_squared = (p["power.voltage_floor"] + (1 - p["power.voltage_floor"]) * clock) ** 2
+    static_w = p["power.floor_w"] + (p["power.static_w"] - p["power.floor_w"]) * clock * voltage_squared
+    if point.kind in ("idle", "spin"):
+        return Expected(0.0, static_w)
+    on_chip = p["energy.memory_core_share"]
+    if point.kind == "memory":
+        moved = point.shape["read"] + point.shape["written"]
+        launch_s = moved / p["memory.bandwidth_bytes_per_s"]
+        memory_j, core_j = p["energy.memory_j_per_byte"] * moved, 0.0
+    else:
+        step, steps = _alone(point, p)
+        work, _ = step._work(steps)
+        launch_s = float(work.time_s[0] + work.clocked_s[0] * (1 / clock - 1))
+        memory_j, core_j = (sum(float(j[0]) for j in part.values()) for part in (work.memory_j, work.core_j))
+    joules = memory_j * (1 - on_chip + on_chip * voltage_squared) + core_j * voltage_squared
+    return Expected(launch_s, static_w + joules / (launch_s if time_s is None else time_s))
+
+
+def operating_clock(point: Point, profile: GpuProfile) -> float:
+    """The clock at which `profile` runs a point under its power limit, over the top clock."""
+    if point.kind in ("idle", "spin", "memory"):
+        return 1.0
+    step, steps = _alone(point, profile)
+    return float(step.evaluate(steps).clock[0])
+
+
+def _alone(point: Point, profile: GpuProfile) -> tuple[GpuStep, Steps]:
+    """A step that is this point's kernels alone."""
     if point.kind == "linear_fp8":  # the input is in fp8 already, and torch's kernel is not vLLM's
-        p = p.with_values({"linear.fp8.quantize_passes": 0.0, "linear.fp8.dispatch_s": 0.0}, "not measured")
+        nothing = {"linear.fp8.quantize_passes": 0.0, "linear.fp8.dispatch_s": 0.0}
+        profile = profile.with_values(nothing, "not measured")
     kernels, form, masks = _kernels(point)
-    step = GpuStep(kernels, masks, p, form, (), loads=_loads(p.small_expert_tiles))
-    at = step.evaluate(_steps(point, masks))
-    launch_s = float(at.gpu_s[0])
-    dynamic_j = sum(float(joules[0]) for joules in at.components.values())
-    if time_s is not None and launch_s > 0:
-        return Expected(launch_s, float(at.static_w[0]) + dynamic_j / time_s, float(at.clock[0]))
-    return Expected(launch_s, float(at.static_w[0]) + dynamic_j / launch_s, float(at.clock[0]))
+    step = GpuStep(kernels, masks, profile, form, (), loads=_loads(profile.small_expert_tiles))
+    return step, _steps(point, masks)
 
 
 @cache
@@ -168,17 +187,11 @@ def _experts_kernels(_: Mapping[str, int]) -> tuple[list[Kernel], Format | None]
     ], None
 
 
-def _memory_kernels(shape: Mapping[str, int]) -> tuple[list[Kernel], Format | None]:
-    moved = Terms(constant=float(shape["read"] + shape["written"]))
-    return [Kernel("memory", "elementwise", 1, activation_bytes=moved)], None
-
-
 def _launch_kernels(_: Mapping[str, int]) -> tuple[list[Kernel], Format | None]:
     return [Kernel("launch", "elementwise", 1, activation_bytes=Terms(constant=4096.0))], None
 
 
 KERNELS: dict[Kind, Callable[[Mapping[str, int]], tuple[list[Kernel], Format | None]]] = {
-    "memory": _memory_kernels,
     "launch": _launch_kernels,
     "host": _launch_kernels,
     "linear": _linear_kernels,

@@ -12,6 +12,7 @@ import numpy as np
 from energylens_vllm.calibrate.fit import PRIOR_WEIGHT, ROBUST_SCALE
 from energylens_vllm.calibrate.measured import Measured, Skipped
 from energylens_vllm.calibrate.points import Kind, Point, expected
+from energylens_vllm.calibrate.reference import slower_in_steps
 from energylens_vllm.calibrate.solve import least_squares
 from energylens_vllm.energy.batch import Array
 from energylens_vllm.errors import EnergyLensError
@@ -26,8 +27,8 @@ class Prior(NamedTuple):
 
 
 _COMMON = {
-    "power.static_w": Prior(0.1, 0.5), "power.voltage_floor": Prior(0.2, 0.4), "power.limit_share": Prior(0.01, 0.02),
-    "energy.memory_j_per_byte": Prior(0.15, 0.5), "energy.memory_core_share": Prior(0.3, 0.5),
+    "power.static_w": Prior(0.1, 0.5), "power.voltage_floor": Prior(0.05, 0.4), "power.limit_share": Prior(0.01, 0.02),
+    "energy.memory_j_per_byte": Prior(0.15, 0.5), "energy.memory_core_share": Prior(0.1, 0.5),
 }  # fmt: skip
 #: What points of each kind can tell of.
 FREE: Mapping[Kind, Mapping[str, Prior]] = {
@@ -46,13 +47,13 @@ FREE: Mapping[Kind, Mapping[str, Prior]] = {
     },
     "linear_fp8": {
         **_COMMON,
-        "energy.fp8.j_per_flop": Prior(0.3, 0.7), "linear.fp8.memory_efficiency": Prior(0.1, 0.3),
+        "energy.fp8.j_per_flop": Prior(0.1, 0.7), "linear.fp8.memory_efficiency": Prior(0.1, 0.3),
         "linear.fp8.compute_efficiency": Prior(0.1, 0.4),
     },
     "decode": {
         **_COMMON,
         "attention.decode.memory_efficiency": Prior(0.05, 0.3), "attention.decode.launch_s": Prior(0.3, 0.5),
-        "attention.decode.sequence_head_s": Prior(0.3, 0.7), "attention.decode.tile_rows": Prior(0.3, 0.5),
+        "attention.decode.sequence_head_s": Prior(0.3, 0.7), "attention.decode.tile_rows": Prior(0.1, 0.5),
     },
     "prefill": {
         **_COMMON,
@@ -70,8 +71,8 @@ FREE: Mapping[Kind, Mapping[str, Prior]] = {
 IDENTIFIED = 0.7
 #: Relative std of what was not measured on the GPU at least, where the start is of another GPU.
 OTHER_GPU_STD = 0.3
-#: Errors of the clock count half: NVML samples it, and at the power limit it moves all the time.
-CLOCK_WEIGHT = 0.5
+#: Below this share of the top clock a GPU that says so is at its power limit all the time, not now and then.
+LIMITED_CLOCK = 0.95
 #: Points that say that joules of kernels in a format were measured: (kinds, how many of them, format).
 FORMATS: Sequence[tuple[Kind, int, str]] = (
     ("linear", 4, "linear.bfloat16"), ("linear_fp8", 3, "linear.fp8"), ("experts", 3, "experts.bfloat16"),
@@ -172,7 +173,7 @@ def fit_points(
         for name, prior in FREE[point.kind].items():
             if name in start.profile and not (_foreign(point, seen) and name.endswith(TIMES)):
                 free[name] = prior.same if start.same_gpu else prior.other
-    residuals = _Residuals(found, top_clock_hz)
+    residuals = _Residuals(found, top_clock_hz, list(free))
     profile, left = _solve(start.profile, free, residuals, source)
     identified = {name: std for name, std in free.items() if left[name] <= IDENTIFIED * std}
     if identified != free:
@@ -201,38 +202,58 @@ def _foreign(point: Point, seen: Measured) -> bool:
     return point.kind in ("decode", "prefill") and seen.library != "vllm"
 
 
-def _predict(
-    point: Point, seen: Measured, profile: GpuProfile, top_clock_hz: float
-) -> tuple[float | None, float, float]:
-    """Seconds (None where the model has none to compare), watts and relative clock."""
-    at_measured_time = point.kind == "memory" or _foreign(point, seen)
-    clock = seen.clock_hz / top_clock_hz if math.isfinite(seen.clock_hz) else None
-    there = expected(point, profile, clock, seen.time_s if at_measured_time else None)
-    timed = not at_measured_time and point.kind not in ("idle", "spin", "host")
-    return (there.time_s if timed else None), there.power_w, there.clock
+def _predict(point: Point, seen: Measured, profile: GpuProfile, top_clock_hz: float) -> tuple[float | None, float]:
+    """Seconds of the kernel alone (None where the model has none to compare) and watts.
+
+    At the clock that was measured, and watts at the time that was: so neither depends on what limits the other.
+    """
+    clock = min(seen.clock_hz / top_clock_hz, 1.0) if math.isfinite(seen.clock_hz) else 1.0
+    there = expected(point, profile, clock, seen.time_s if seen.time_s > 0 else None)
+    timed = point.kind not in ("idle", "spin", "memory", "host") and not _foreign(point, seen)
+    return (there.time_s / slower_in_steps(point) if timed else None), there.power_w
 
 
-@dataclass(frozen=True, slots=True)
 class _Residuals:
-    found: Sequence[tuple[Point, Measured]]
-    top_clock_hz: float
+    """Errors of the points that have a prediction, for any profile. `free`: the coefficients in which profiles differ.
+
+    A fit asks for hundreds of profiles of which each differs from the last in one coefficient, so what was computed for
+    a point is kept for as long as none of those that concern it has changed.
+    """
+
+    def __init__(self, found: Sequence[tuple[Point, Measured]], top_clock_hz: float, free: Sequence[str]) -> None:
+        self._found = [(point, seen) for point, seen in found if point.kind != "host"]
+        self._top_clock_hz = top_clock_hz
+        everywhere = set(_COMMON) | {"power.floor_w"}
+        also = {"experts": {"elementwise.launch_s"}}  # of the kernels between the experts' two
+        self._concerns = {
+            kind: [name for name in free if name in everywhere | set(own) | also.get(kind, set())]
+            for kind, own in FREE.items()
+        }
+        self._known: dict[tuple[str | float, ...], list[float]] = {}
 
     def __call__(self, profile: GpuProfile) -> Array:
         """log(predicted / measured) of every number that was measured."""
-        errors = []
-        for point, seen in self.found:
-            if point.kind == "host":
-                continue
-            time_s, power_w, clock = _predict(point, seen, profile, self.top_clock_hz)
-            if time_s is not None:
-                errors.append(math.log(time_s / seen.time_s))
-            if point.kind != "launch":  # nothing but a clock runs there, and how empty kernels toggle is not modelled
-                errors.append(math.log(power_w / seen.power_w))
-            if "power_cap" in seen.throttled and clock < 1 and math.isfinite(seen.clock_hz):
-                errors.append(CLOCK_WEIGHT * math.log(clock * self.top_clock_hz / seen.clock_hz))
-            elif "power_cap" in seen.throttled:
-                errors.append(0.0)  # so that there are as many wherever the solver looks
+        if len(self._known) > 100 * len(self._found):
+            self._known.clear()
+        errors: list[float] = []
+        for point, seen in self._found:
+            values = [profile[name] for name in self._concerns[point.kind]]
+            key: tuple[str | float, ...] = (point.name, *values)
+            if key not in self._known:
+                self._known[key] = self._errors(point, seen, profile)
+            errors += self._known[key]
         return np.array(errors)
+
+    def _errors(self, point: Point, seen: Measured, profile: GpuProfile) -> list[float]:
+        errors = []
+        time_s, power_w = _predict(point, seen, profile, self._top_clock_hz)
+        if time_s is not None:
+            errors.append(math.log(time_s / seen.time_s))
+        if point.kind != "launch":  # nothing but a clock runs there, and how empty kernels toggle is not modelled
+            errors.append(math.log(power_w / seen.power_w))
+        if "power_cap" in seen.throttled and seen.clock_hz < LIMITED_CLOCK * self._top_clock_hz:
+            errors.append(math.log(profile["power.limit_w"] * profile["power.limit_share"] / seen.power_w))
+        return errors
 
 
 def _solve(
@@ -253,7 +274,7 @@ def _solve(
     if not names:
         return profile, {}
     found = least_squares(errors, np.zeros(near), ROBUST_SCALE)
-    scatter = float(np.sum(found.weights * found.residuals**2)) / max(len(found.residuals) - near, 1)
+    scatter = float(np.sum((found.weights * found.residuals) ** 2)) / max(len(found.residuals) - near, 1)
     # What points of one kind miss they miss together, so many of them do not make it certain: never below the prior's.
     square = found.jacobian.T @ (found.weights[:, None] * found.jacobian)
     covariance = max(scatter, PRIOR_WEIGHT**2) * np.linalg.pinv(square)
@@ -269,7 +290,7 @@ def _compared(
         if point.kind == "host":
             rows.append(Compared(point.name, point.kind, seen.time_s, None, seen.power_w, None))
             continue
-        time_s, power_w, _ = _predict(point, seen, profile, top_clock_hz)
+        time_s, power_w = _predict(point, seen, profile, top_clock_hz)
         rows.append(Compared(point.name, point.kind, seen.time_s, time_s, seen.power_w, power_w))
     return tuple(rows)
 

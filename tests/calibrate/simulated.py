@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from energylens_vllm.calibrate.measure import Load, Unsupported, Window
-from energylens_vllm.calibrate.points import Point, expected
+from energylens_vllm.calibrate.points import Point, expected, operating_clock
+from energylens_vllm.calibrate.reference import slower_in_steps
 from energylens_vllm.hardware import GpuProfile
 
 TOP_CLOCK_HZ = 1980e6
@@ -62,10 +63,12 @@ class _Load:
         gpu, point = self.gpu, self.point
         gpu.now_s += seconds
         asleep = point.kind == "idle" and not point.shape["context"]
-        there = expected(point, gpu.truth, SLEEPING if asleep else None)
+        clock = SLEEPING if asleep else operating_clock(point, gpu.truth)
+        time_s = expected(point, gpu.truth, clock).time_s / slower_in_steps(point)
+        power_w = expected(point, gpu.truth, clock, time_s or None).power_w
 
         def noisy(value: float) -> float:
             return value * (1 + gpu.noise * float(gpu.random.standard_normal()))
 
-        capped = frozenset({"power_cap"}) if there.clock < 1 and not asleep else frozenset()
-        return Window(noisy(there.time_s), noisy(there.power_w), there.clock * TOP_CLOCK_HZ, 45.0, capped)
+        capped = frozenset({"power_cap"}) if clock < 1 and not asleep else frozenset()
+        return Window(noisy(time_s), noisy(power_w), clock * TOP_CLOCK_HZ, 45.0, capped)
