@@ -18,7 +18,7 @@ from energylens_vllm.energy import EnergyModel
 from energylens_vllm.meter.track import Reading, Track
 from energylens_vllm.serving.batch import Batch
 from energylens_vllm.serving.increments import Increments
-from energylens_vllm.serving.learning import Learner
+from energylens_vllm.serving.learning import Learner, unlearnt_idle_std
 from energylens_vllm.serving.learning_listener import Learning
 from energylens_vllm.serving.observer import Step
 from energylens_vllm.serving.pairing import WINDOW_S, Pairing, Window
@@ -117,6 +117,7 @@ def live(
     pairing = Pairing(
         num_gpus, model.idle_power_w / num_gpus, lambda: now_s[0], window_s,
         metered=len({reading.gpu for reading in readings}), learner=predictor.learner,
+        idle_std=unlearnt_idle_std(model),
     )  # fmt: skip
     pairing.listeners.append(windows.append)
     readings = sorted(readings, key=lambda reading: reading.end_s)

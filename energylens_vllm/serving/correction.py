@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from energylens_vllm.serving.learning import ENERGY, Learner
+from energylens_vllm.serving.learning import ENERGY, HALF_WIDTH_90, Learner
 
 if TYPE_CHECKING:
     from energylens_vllm.energy import EnergyModel
@@ -33,7 +33,6 @@ _FACTOR_OF = {
     "activations": "memory",
     "communication": "communication",
 }
-_HALF_WIDTH_90 = 1.645
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +92,9 @@ def _half_width(learner: Learner, plain: Predictions, energy_j: Array, slopes_j:
 
     Not wider than the profile's own, which knows nothing of this GPU, unless windows do scatter by more.
     """
-    own = (plain.high_j / np.maximum(plain.energy_j, 1e-30) - 1.0) / _HALF_WIDTH_90
+    own = (plain.high_j / np.maximum(plain.energy_j, 1e-30) - 1.0) / HALF_WIDTH_90
     total_j = np.maximum(energy_j, 1e-30)
     unknown = np.einsum("ni,ij,nj->n", slopes_j, learner.energy.covariance, slopes_j) / total_j**2
     prefill = np.divide(plain.phases["prefill"], plain.energy_j, out=np.zeros_like(total_j), where=plain.energy_j > 0)
-    variances = learner.scatter.variance
-    scatter = prefill * variances[2] + (1.0 - prefill) * variances[1]
-    return np.asarray(_HALF_WIDTH_90 * np.sqrt(np.maximum(np.minimum(own**2, unknown + scatter), scatter)))
+    scatter = learner.scatter.of(np.column_stack([np.zeros_like(prefill), 1.0 - prefill, prefill]))
+    return np.asarray(HALF_WIDTH_90 * np.sqrt(np.maximum(np.minimum(own**2, unknown + scatter), scatter)))

@@ -8,11 +8,12 @@ are.
 - The prior is that GPUs of one kind differ by 10 % (bytes cost 125 to 147 pJ on the H100s that were measured), and what
   the profile says of its own coefficients.
 - Forgetting is a random walk of each factor, as far as a window shows it; a factor is never less known than at first.
-- A window that surprises by more than two standard deviations counts less (Huber), one beyond six not at all. When many
-  in a row are beyond, the factors are taken for as unknown as at first; what is then still beyond is for the state
-  `implausible` to tell.
-- Factors stay within 0.6 to 1.4. When half of the energy hangs on factors at their bounds, the profile or the meter is
-  wrong in a way that no factor mends: predictions are then the profile's own (`bounded`) until they come back.
+- A window that surprises by more than two standard deviations counts less (Huber), one beyond six not at all, and both
+  make the factors that they show less sure. So what goes on being said is believed after a while, unless it is beyond
+  what GPUs of a kind differ by: that stays rejected, and while most windows are, the state is `implausible`.
+- Factors stay within 0.6 to 1.4. When half of the energy hangs on factors at their bounds, the state is `bounded`. In it
+  and in `implausible` the profile or the meter is wrong in a way that no factor mends, and predictions are the
+  profile's own until that is over.
 - Step times are measured too, of steps with prompts and without: two factors that take nothing from the meter.
 
 Nothing is learnt of single steps, so there is no way for a factor to follow noise.
@@ -59,19 +60,20 @@ BOUNDS = ((0.6,) * 5 + (0.3,), (1.4,) * 5 + (1.7,))
 TIME_BOUNDS = ((0.5,) * 2, (2.0,) * 2)
 #: A factor is as good as at its bound from this part of the way to it.
 NEAR_BOUND = 0.9
-#: Windows over which it is looked at how much of the energy hangs on factors at their bounds; and how much of it is too
-#: much, and little enough again.
-BOUNDED_OVER, BOUNDED_FROM, BOUNDED_TO = 6.0, 0.5, 0.25
+#: Windows over which it is looked at how much of the energy hangs on factors at their bounds, and how many are rejected;
+#: and how much of either is too much, and little enough again.
+LOOKED_AT, FROM, TO = 6.0, 0.5, 0.25
 #: Random walk of a factor in one window that is all its own. With a scatter of 2 % the last 10 windows say most.
 DRIFT_STD = 0.002
 HUBER, REJECTED = 2.0, 6.0
-#: So many windows rejected in a row (a minute of them) make the factors unknown again.
-SURPRISED = 12
+#: What a factor becomes less sure by in a window that surprises so, and is all its own.
+SURPRISED_STD = 0.04
 #: Windows before anything is corrected: one alone may be odd.
 FIRST = 2
 #: How many windows the profile's own scatter counts for, and the most that measured ones do.
 SCATTER_WINDOWS = (4.0, 40.0)
 LEAST_SCATTER = 0.01
+HALF_WIDTH_90 = 1.645  #: of a 90 % interval, in standard deviations
 
 
 class Filter:
@@ -85,50 +87,58 @@ class Filter:
         self.drift = drift
         self.factors = np.ones(len(self.prior))
         self.covariance = np.diag(self.prior)
-        self.rejected_in_a_row = 0
-        self.is_bounded = False
-        self._bounded_share = 0.0
+        self.is_bounded = self.is_implausible = False
+        self._bounded_share = self._rejected_share = 0.0
+        self._surprise: float | None = None  # the last one, relative
 
     def learn(self, measured: float, intercept: float, slopes: Array, noise: float) -> tuple[Outcome, float]:
-        """What one measurement of a + h x teaches, whose noise has this variance: (what came of it, what it adds to
-        the variance of noise if that is to be learnt)."""
-        if not (measured > 0.0 and math.isfinite(measured) and math.isfinite(intercept) and np.isfinite(slopes).all()):
+        """What one measurement of a + h x teaches, whose noise has this variance: (what came of it, a sample of that
+        variance). The sample is from the difference of two surprises in a row, for what they share is no noise: the
+        factors are not there yet."""
+        size = abs(intercept) + float(np.abs(slopes).sum())
+        if not (0.0 < measured < math.inf and 0.0 < size < math.inf and noise > 0.0):
             return "rejected", noise
-        size = abs(intercept) + np.abs(slopes).sum()
-        self._drift(np.abs(slopes) / max(size, 1e-30))
+        shares = np.abs(slopes) / size
+        self._walk(self.drift * shares)
         surprise = measured - intercept - float(slopes @ self.factors)
         known = float(slopes @ self.covariance @ slopes)
         deviations = abs(surprise) / math.sqrt(known + noise)
+        self._rejected_share += (float(deviations > REJECTED) - self._rejected_share) / LOOKED_AT
+        self.is_implausible = self._rejected_share > (TO if self.is_implausible else FROM)
         if deviations > REJECTED:
-            self.rejected_in_a_row += 1
-            if self.rejected_in_a_row % SURPRISED == 0:
-                self.covariance = np.diag(self.prior)
+            self._walk(SURPRISED_STD * shares)
             return "rejected", noise
-        self.rejected_in_a_row = 0
         weighted = noise * max(1.0, deviations / HUBER)
         gain = self.covariance @ slopes / (known + weighted)
         left = np.eye(len(gain)) - np.outer(gain, slopes)
         self.covariance = left @ self.covariance @ left.T + np.outer(gain, gain) * weighted  # Joseph: stays positive
         self.factors = np.clip(self.factors + gain * surprise, self.low, self.high)
+        if deviations > HUBER:
+            self._walk(SURPRISED_STD * shares)
         self._look_at_bounds(np.abs(slopes * self.factors))
-        share = min(deviations, 2 * HUBER) ** 2  # of the surprise, what is noise by its share of the variance
-        return ("outlier" if deviations > HUBER else "learnt"), noise * share
+        relative = max(-2 * HUBER, min(surprise / math.sqrt(known + noise), 2 * HUBER)) * math.sqrt(noise)
+        sample = noise if self._surprise is None else (relative - self._surprise * size) ** 2 / 2
+        self._surprise = relative / size
+        return ("outlier" if deviations > HUBER else "learnt"), sample
 
     def _look_at_bounds(self, parts: Array) -> None:
         """`parts` of the quantity hang on each factor."""
         near = (self.factors - 1.0 > NEAR_BOUND * (self.high - 1.0)) | (
             1.0 - self.factors > NEAR_BOUND * (1.0 - self.low)
         )
-        self._bounded_share += (float(parts[near].sum() / max(parts.sum(), 1e-30)) - self._bounded_share) / BOUNDED_OVER
-        self.is_bounded = self._bounded_share > (BOUNDED_TO if self.is_bounded else BOUNDED_FROM)
+        self._bounded_share += (float(parts[near].sum() / max(parts.sum(), 1e-30)) - self._bounded_share) / LOOKED_AT
+        self.is_bounded = self._bounded_share > (TO if self.is_bounded else FROM)
 
-    def _drift(self, shares: Array) -> None:
-        self.covariance = self.covariance + np.diag((self.drift * shares) ** 2)
-        self.widen(0.0)
+    def _walk(self, std: Array) -> None:
+        """Each factor may have moved by this."""
+        self._spread(np.diag(std**2))
 
     def widen(self, std: float) -> None:
         """Add so much to each factor's standard deviation, up to that of the prior."""
-        covariance = self.covariance + np.eye(len(self.prior)) * std**2
+        self._spread(np.eye(len(self.prior)) * std**2)
+
+    def _spread(self, more: Array) -> None:
+        covariance = self.covariance + more
         most = np.sqrt(np.minimum(self.prior / np.diag(covariance), 1.0))
         self.covariance = covariance * np.outer(most, most)
 
@@ -161,9 +171,9 @@ class Scatter:
         self.variance = np.square(np.asarray(std, dtype=np.float64))
         self.windows = np.full(len(self.variance), SCATTER_WINDOWS[0])
 
-    def of(self, shares: Array) -> float:
-        """The variance of work that is so much of each kind."""
-        return max(float(shares @ self.variance), LEAST_SCATTER**2)
+    def of(self, shares: Array) -> Array:
+        """The variance of work that is so much of each kind; `shares` of shape (..., kinds)."""
+        return np.asarray(np.maximum(shares @ self.variance, LEAST_SCATTER**2))
 
     def learn(self, shares: Array, variance: float) -> None:
         """One more window, `shares` of which are of each kind."""
@@ -219,7 +229,7 @@ class Learner:
     def learn(self, evidence: Evidence) -> Outcome:
         """Take one compared window."""
         predicted_j = evidence.intercept_j + float(evidence.slopes_j @ self.energy.factors)
-        noise = self.scatter.of(evidence.shares)
+        noise = float(self.scatter.of(evidence.shares))
         outcome, variance = self.energy.learn(
             evidence.measured_j, evidence.intercept_j, evidence.slopes_j, noise * predicted_j**2
         )
@@ -233,7 +243,7 @@ class Learner:
         """Steps took so long together; predicted was so long for those of each kind of `TIME`, times its factor."""
         total_s = float(predicted_s @ self.time.factors)
         shares = predicted_s / predicted_s.sum()
-        noise = self.time_scatter.of(shares)
+        noise = float(self.time_scatter.of(shares))
         outcome, variance = self.time.learn(measured_s, 0.0, predicted_s, noise * total_s**2)
         if outcome != "rejected":
             self.time_scatter.learn(shares, variance / total_s**2)
@@ -243,14 +253,14 @@ class Learner:
         """One of `metrics.LEARNING_STATES`, but "off"."""
         if self.energy.is_bounded:
             return "bounded"
-        if self.energy.rejected_in_a_row >= SURPRISED // 2:
+        if self.energy.is_implausible:
             return "implausible"
         return "learning" if self.windows >= FIRST else "waiting"
 
     @property
     def is_applied(self) -> bool:
         """Whether predictions are corrected."""
-        return self.windows >= FIRST and not self.energy.is_bounded
+        return self.state == "learning"
 
     @property
     def factors(self) -> Array:
@@ -267,6 +277,13 @@ class Learner:
     @property
     def on_idle(self) -> float:
         return float(self.factors[ENERGY.index("idle")])
+
+    @property
+    def idle_std(self) -> float:
+        """One relative standard deviation of idle energy."""
+        return math.hypot(
+            float(self.energy.std[ENERGY.index("idle")]) / self.on_idle, math.sqrt(self.scatter.variance[0])
+        )
 
     @property
     def on_time(self) -> Array:
@@ -304,6 +321,11 @@ class Learner:
             raise EnergyLensError(f"learnt factors: {type(error).__name__}: {error}") from None
         self.energy, self.scatter, self.time, self.time_scatter = found
         self.windows = max(windows, 0)
+
+
+def unlearnt_idle_std(model: EnergyModel) -> float:
+    """How sure idle power is by the profile alone: one relative standard deviation."""
+    return math.hypot(model.profile.coefficients["power.static_w"].std, UNIT_STD)
 
 
 def _priors(model: EnergyModel) -> tuple[list[float], list[float], list[float]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from energylens_vllm.meter import Backend, Meter
 from energylens_vllm.serving.attribution import Attribution
-from energylens_vllm.serving.learning import Learner
+from energylens_vllm.serving.learning import Learner, unlearnt_idle_std
 from energylens_vllm.serving.learning_listener import Learning, show
 from energylens_vllm.serving.learnt_file import LearntFile
 from energylens_vllm.serving.measurement import Measurement
@@ -44,6 +44,7 @@ def measure(
             lambda: observer.settled_s,
             metered=metered,
             learner=predictor.learner,
+            idle_std=unlearnt_idle_std(model),
         )
     observer.listeners.append(Measurement(meter, pairing))
     if learning is not None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from energylens_vllm.meter import Reading
 from energylens_vllm.serving.increments import Increments
-from energylens_vllm.serving.learning import ENERGY, Evidence, Learner
+from energylens_vllm.serving.learning import ENERGY, HALF_WIDTH_90, Evidence, Learner
 from energylens_vllm.serving.observer import Step
 from energylens_vllm.serving.predictor import Predictions
 
@@ -84,6 +84,7 @@ class Pairing:
 
     `settled` says up to when all steps are reported: no other has begun before. `idle_power_w` is of one GPU. Of an
     engine that spans hosts only the GPUs of this one are `metered`. `learner` corrects what is predicted, and learns.
+    `idle_std` is how sure idle power is, relative, as long as nothing is learnt.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class Pairing:
         window_s: float = WINDOW_S,
         metered: int | None = None,
         learner: Learner | None = None,
+        idle_std: float = 0.0,
     ) -> None:
         self.listeners: list[Callable[[Window], None]] = []  #: get each window that was compared
         self._num_gpus, self._idle_power_w, self._window_s = num_gpus, idle_power_w, window_s
         self._metered = metered or num_gpus
-        self._settled, self._learner = settled, learner
+        self._settled, self._learner, self._idle_std = settled, learner, idle_std
         self._waiting: deque[Reading] = deque()
         self._steps = _Timeline()
         self._open: dict[str, _Part] = {}
@@ -145,9 +147,12 @@ class Pairing:
 
     def _idle(self, uncorrected_j: float) -> Array:
         """Idle energy, as the columns have it."""
+        factor, std = 1.0, self._idle_std
+        if self._learner is not None and self._learner.is_applied:
+            factor, std = self._learner.on_idle, self._learner.idle_std
         joules = np.zeros(len(_COLUMNS))
-        predicted_j = uncorrected_j * (self._learner.on_idle if self._learner is not None else 1.0)
-        joules[:3] = predicted_j
+        width = 1.0 + HALF_WIDTH_90 * std
+        joules[:3] = uncorrected_j * factor * np.array([1.0, 1.0 / width, width])
         joules[_COLUMNS.index("uncorrected")] = uncorrected_j
         joules[_SLOPES.start + _IDLE] = uncorrected_j
         return joules
