@@ -31,7 +31,7 @@ class FleetHandle:
     def __init__(self, handles: Sequence[DeploymentHandle], targets: Targets | None = None) -> None:
         self._handles = {f"{handle.app_name}#{handle.deployment_name}": handle for handle in handles}
         self._fleet = fleets.join(list(self._handles), targets or Targets())
-        self._draw = random.Random()
+        self._draw, self._failed = random.Random(), False
         for handle in handles:
             if not handle.is_initialized:
                 handle._init()  # so that its router knows its replicas before the first request
@@ -40,7 +40,7 @@ class FleetHandle:
         """As of a handle: the same with other options."""
         changed = object.__new__(FleetHandle)
         changed._handles = {name: handle.options(**options) for name, handle in self._handles.items()}
-        changed._fleet, changed._draw = self._fleet, self._draw
+        changed._fleet, changed._draw, changed._failed = self._fleet, self._draw, self._failed
         return changed
 
     def __getattr__(self, method: str) -> _Method:
@@ -58,8 +58,10 @@ class FleetHandle:
                 name = self._fleet.deployment_of(choice.order[0])
             else:
                 name = self._fleet.power_of_two(list(self._handles), self._draw)
-        except Exception:
-            logger.exception("energylens leaves the choice among deployments to chance")
+        except Exception as error:
+            if not self._failed:  # once: it would be once a request
+                self._failed = True
+                logger.warning("energylens leaves deployments to chance: %s: %s", type(error).__name__, error)
         return self._handles.get(name or "") or self._draw.choice(list(self._handles.values()))
 
 

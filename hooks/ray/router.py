@@ -24,11 +24,12 @@ logger = logging.getLogger("ray.serve")
 class EnergyRequestRouter(PowerOfTwoChoicesRequestRouter):
     """Replicas in the order of `energylens_vllm.routing.rank`."""
 
+    _energylens_failed = False
+
     def initialize_state(self, **kwargs: Any) -> None:
         """`request_router_kwargs` are those of `Targets`. Raises EnergyLensError for others."""
         self._energylens_deployment = f"{self._deployment_id.app_name}#{self._deployment_id.name}"
         self._energylens_fleet: LiveFleet = fleets.fleet_of(self._energylens_deployment, Targets.of(kwargs))
-        self._energylens_failed = False
 
     # -- what Serve tells ------------------------------------------------------------------------------------------
 
