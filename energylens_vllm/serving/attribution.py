@@ -83,6 +83,7 @@ class Attribution:
         self._incomplete: set[str] = set()
         self._finished: deque[tuple[float, str]] = deque()  # when, which; the engine's thread appends
         self._carried_j: list[float] = []  # energy that is less than a unit
+        self._has_lost = False  # whether there were steps that will not be reported
 
     def __call__(self, steps: Sequence[Step], predictions: Predictions | None, increments: Increments) -> None:
         """Charge the steps of one report, then close the accounts of requests that have finished in them."""
@@ -93,6 +94,9 @@ class Attribution:
                 self._slots_of([batch])
         elif batches and predictions is not None:
             self._charge(batches, predictions, increments)
+        if self._has_lost:
+            self._has_lost = False
+            self._incomplete.update(self._slots)
         for batch in batches:
             if batch.cached_tokens:
                 self._add_cached(batch, increments)
@@ -102,10 +106,14 @@ class Attribution:
             done.append(self._finished.popleft()[1])
         self._close(done, increments)
 
+    def lost(self) -> None:
+        """Steps before those of the next report will not be reported: whoever is open by then may have been in them."""
+        self._has_lost = True
+
     def finish(self, request_ids: Iterable[str], time_s: float) -> None:
         """These have finished or were aborted by `time_s`; when all steps until then are reported, they are closed.
 
-        Any thread may call this. It is for those that no later batch names as finished.
+        Any thread may call this, also for those that a batch names as finished: there may be none, or it may be lost.
         """
         self._finished.extend((time_s, request_id) for request_id in request_ids)
 

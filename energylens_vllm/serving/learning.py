@@ -11,8 +11,8 @@ are.
 - A window that surprises by more than two standard deviations counts less (Huber), one beyond six not at all, and both
   make the factors that they show less sure. So what goes on being said is believed after a while, unless it is beyond
   what GPUs of a kind differ by: that stays rejected, and while most windows are, the state is `implausible`.
-- Factors stay within 0.6 to 1.4. When half of the energy hangs on factors at their bounds, the state is `bounded`. In it
-  and in `implausible` the profile or the meter is wrong in a way that no factor mends, and predictions are the
+- Factors stay within 0.6 to 1.4. When half of the energy hangs on factors at their bounds, the state is `bounded`. In
+  it and in `implausible` the profile or the meter is wrong in a way that no factor mends, and predictions are the
   profile's own until that is over.
 - Step times are measured too, of steps with prompts and without: two factors that take nothing from the meter.
 
@@ -60,8 +60,8 @@ BOUNDS = ((0.6,) * 5 + (0.3,), (1.4,) * 5 + (1.7,))
 TIME_BOUNDS = ((0.5,) * 2, (2.0,) * 2)
 #: A factor is as good as at its bound from this part of the way to it.
 NEAR_BOUND = 0.9
-#: Windows over which it is looked at how much of the energy hangs on factors at their bounds, and how many are rejected;
-#: and how much of either is too much, and little enough again.
+#: Windows over which it is looked at how much of the energy hangs on factors at their bounds, and how many are
+#: rejected; and how much of either is too much, and little enough again.
 LOOKED_AT, FROM, TO = 6.0, 0.5, 0.25
 #: Random walk of a factor in one window that is all its own. With a scatter of 2 % the last 10 windows say most.
 DRIFT_STD = 0.002

@@ -163,7 +163,8 @@ class StepObserver:
         return max(last_end_s, min([self.clock() - UNSEEN_S, *in_flight]))
 
     def _take_steps(self) -> list[Step]:
-        num_ended, steps = self._num_ended, []
+        num_ended, unread = self._num_ended, 0
+        steps: list[Step] = []
         for _ in range(len(self._ended)):
             try:
                 work, start_s, end_s = self._ended.popleft()
@@ -174,9 +175,12 @@ class StepObserver:
                 steps.append(Step(self._read(work), start_s, end_s))
             except Exception:
                 self.guard.failed("read")
+                unread += 1
         if (lost := num_ended - self._num_taken) > 0:
             self._num_taken += lost
             self.increments.add("energylens_unpredicted_steps_total", float(lost))
+        if (lost > 0 or unread) and self.attribution is not None:
+            self.attribution.lost()
         return steps
 
     def _predict(self, steps: Sequence[Step]) -> Predictions | None:

@@ -16,7 +16,7 @@ def scheduled(observer: StepObserver, output: Any) -> None:
             observer.asking.add(request.req_id)
     if output.finished_req_ids:
         observer.asking.difference_update(output.finished_req_ids)
-        if not output.total_num_scheduled_tokens and observer.attribution is not None:  # else its batch names them
+        if observer.attribution is not None:  # its batch names them too, if it has one and that is not lost
             observer.attribution.finish(output.finished_req_ids, observer.clock())
 
 

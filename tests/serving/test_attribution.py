@@ -19,7 +19,7 @@ from energylens_vllm.serving.attribution import Account, Attribution, whole_unit
 from energylens_vllm.serving.batch import Batch
 from energylens_vllm.serving.increments import GRID, Increments, Report
 from energylens_vllm.serving.listen import attribute
-from energylens_vllm.serving.observer import Step, StepObserver
+from energylens_vllm.serving.observer import MAX_UNREPORTED, Step, StepObserver
 from energylens_vllm.serving.predictor import ModelPredictor, Predictions, Rows
 from energylens_vllm.serving.request_log import RequestLog
 from energylens_vllm.serving.settings import RULES, Settings
@@ -272,6 +272,67 @@ def test_steps_without_a_prediction_leave_accounts_incomplete() -> None:
     ledger([Step(batch([("a", 10, 0, False), ("b", 3, 0, False)]), 0.0, 1.0)], None, increments)
     report(ledger, [batch([("a", 1, 10, True), ("c", 1, 10, True)])], increments)
     assert {a.request_id: a.complete for a in ledger.open_accounts} == {"a": False, "b": False, "c": True}
+
+
+def test_accounts_of_steps_that_were_lost_are_incomplete_and_closed() -> None:
+    """Where reports are held up for long the oldest steps are dropped, with what they say of who finished."""
+    now_s = [0.0]
+    observer = StepObserver(lambda work: work, PREDICTORS["dense"], clock=lambda: now_s[0])
+    ledger = Attribution(PRICES["dense"], SPARED["dense"], settled=lambda: observer.settled_s)
+    closed: list[Account] = []
+    ledger.listeners.append(closed.extend)
+    observer.attribution = ledger
+    observer.listeners.append(ledger)
+
+    def step(requests: Sequence[Request], finished: Sequence[str] = ()) -> None:
+        work = batch(requests, finished)
+        observer.scheduled(work, work, now_s[0])
+        ledger.finish(finished, now_s[0])
+        now_s[0] += 0.01
+        observer.ended(work)
+
+    step([("a", 10, 0, False), ("b", 10, 0, False)])
+    observer.report()
+    step([("b", 1, 10, True), ("c", 5, 0, False)], ["a"])  # lost, and with it that a has finished
+    for i in range(MAX_UNREPORTED):
+        step([("b", 1, 11 + i, True), ("c", 1, 5 + i, True)])
+    observer.report()
+    now_s[0] += 1.0
+    observer.report()
+    assert [(account.request_id, account.complete) for account in closed] == [("a", False)]
+    assert {a.request_id: a.complete for a in ledger.open_accounts} == {"b": False, "c": False}
+    step([("d", 10, 0, False)], ["b", "c"])
+    observer.report()
+    assert {account.request_id for account in closed} == {"a", "b", "c"}
+    assert len(closed) == 3
+    assert [(a.request_id, a.complete) for a in ledger.open_accounts] == [("d", True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories(), st.data())
+def test_whoever_finishes_is_closed_whatever_is_lost(history: list[list[Batch]], data: st.DataObject) -> None:
+    """Each batch may be lost; then accounts still sum to what was predicted, and nobody who has finished stays open."""
+    ledger, increments, closed, predicted_j, time_s = attribution(), Increments(), [], [], 0.0
+    ledger.listeners.append(closed.extend)
+    finished: set[str] = set()
+    for batches in history:
+        kept = []
+        for each in batches:
+            time_s += 1.0
+            finished.update(each.finished_request_ids)
+            ledger.finish(each.finished_request_ids, time_s)
+            if data.draw(st.booleans()):
+                kept.append(each)
+            else:
+                ledger.lost()
+        found = report(ledger, kept, increments)
+        predicted_j += [] if found is None else found.energy_j.tolist()
+    report(ledger, [], increments)
+    assert not finished & {account.request_id for account in ledger.open_accounts}
+    ids = [account.request_id for account in closed]
+    assert len(ids) == len(set(ids))
+    accounts = [*closed, *ledger.open_accounts]
+    assert abs(total(accounts) - sum(map(Fraction, predicted_j), Fraction(0))) < Fraction(GRID)
 
 
 def test_many_requests_reuse_the_same_memory() -> None:
