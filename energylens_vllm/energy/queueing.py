@@ -5,9 +5,9 @@ of a closed queue of n; beyond the batch limit M requests wait in line. The numb
 
     p(n) ~ r^n / (mu(1) mu(2) .. mu(n)),     mu(n) = mu(M) for n > M
 
-(Baskett, Chandy, Muntz and Palacios, J. ACM 22, 1975; exact for processor sharing, whatever the lengths, while none
-waits in line). p(0) is the time in which GPUs idle, at the power of an engine that waits. Arrivals find the server in
-p(n), too, so percentiles are over draws of n, of lengths from the samples, and of what else happens:
+(`station`; exact for processor sharing, whatever the lengths, while none waits in line). p(0) is the time in which GPUs
+idle, at the power of an engine that waits. Arrivals find the server in p(n), too, so percentiles are over draws of n,
+of lengths from the samples, and of what else happens:
 
 time to first token   the rest of the step under way; with asynchronous scheduling the next one, which is scheduled
                       already; the line, beyond M, shorter the more alike requests are (by (1 + c^2) / 2 with
@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from energylens_vllm.energy.batch import Array, steps_of_mixtures
 from energylens_vllm.energy.serving import Lengths, Mixture, hits, mixture, samples
+from energylens_vllm.energy.station import Speed, arrivals, interpolated, log_weights, station
 from energylens_vllm.errors import EnergyLensError
 
 if TYPE_CHECKING:
@@ -81,16 +82,15 @@ def serve_openly(
     ranks = model.deployment.data_parallel_size
     rank = _Rank.of(model, lengths)
     rate = rate_per_s / ranks
-    if rate >= rank.completions_per_s[-1]:
+    full = float(rank.speed.completions_per_s[-1])
+    if rate >= full:
         raise EnergyLensError(
-            f"rate_per_s: {rate_per_s:g}; accepted: less than {ranks * rank.completions_per_s[-1]:.4g}, which a "
+            f"rate_per_s: {rate_per_s:g}; accepted: less than {ranks * full:.4g}, which a "
             f"batch of {model.deployment.max_num_seqs} requests completes"
         )
-    held, chance = _occupancy(rank.completions_per_s, rate)
-    most = len(rank.completions_per_s)
-    idle_w = model.idle_power_w
-    at = np.minimum(held, most)
-    power_w = float(chance[0] * idle_w + (chance[1:] * ranks * rank.power_w[at[1:] - 1]).sum())
+    seen = arrivals(rank.speed, np.array([rate]), np.array([rank.most]))
+    power_w = ranks * float(seen.power_w[0, 0])
+    held, chance = _occupancy(rank.speed.completions_per_s, rate)
     draws = _Draws.of(held, chance, rank, lengths)
     variation = float(outputs.var() / outputs.mean() ** 2)
     ttft_s = draws.first_token_s(model, rank, rate, prompts * (1 - hit_rate), prompts, variation)
@@ -100,10 +100,10 @@ def serve_openly(
         energy_per_output_token_j=power_w / (rate_per_s * lengths.output),
         energy_per_request_j=power_w / rate_per_s,
         power_w=power_w,
-        idle_power_w=idle_w,
-        utilisation=1 - float(chance[0]),
-        running=ranks * float((chance * at).sum()),
-        waiting_share=float(chance[held >= most].sum()),
+        idle_power_w=model.idle_power_w,
+        utilisation=1 - float(seen.idle_share[0, 0]),
+        running=ranks * float(seen.running[0, 0]),
+        waiting_share=float(seen.waiting_share[0, 0]),
         mean_ttft_s=float(ttft_s.mean()),
         mean_tpot_s=float(tpot_s.mean()),
         ttft_s=percentiles(ttft_s),
@@ -120,9 +120,7 @@ def percentiles(values: Array) -> dict[int, float]:
 class _Rank:
     """A data-parallel rank with n = 1 .. M requests; arrays of shape (M,), `mixtures` at `sizes` of them."""
 
-    completions_per_s: Array
-    power_w: Array
-    step_s: Array
+    speed: Speed
     step_variance: Array
     sizes: Array
     mixtures: tuple[Mixture, ...]
@@ -140,24 +138,25 @@ class _Rank:
         bubble_j = (step_s - alone_s) * model.idle_power_w / model.deployment.data_parallel_size
         power_w = (np.array([m.mean(m.predicted.energy_j) for m in mixtures]) + bubble_j) / step_s
         variance = np.array([m.mean(m.predicted.time_s**2) for m in mixtures]) - alone_s**2
-        n = np.arange(1, most + 1, dtype=np.float64)
-
-        def between(values: Array) -> Array:
-            found: Array = np.exp(np.interp(np.log(n), np.log(sizes), np.log(np.maximum(values, 1e-18))))
-            return found
-
-        # Fewer requests than stages leave as many stages empty.
-        part = np.minimum(n / stages, 1.0)
         idle_w = model.idle_power_w / model.deployment.data_parallel_size
+        token_s = stages * step_s
         return cls(
-            completions_per_s=between(completed) * part,
-            power_w=idle_w + (between(power_w) - idle_w) * part,
-            step_s=stages * between(step_s),
-            step_variance=stages * between(variance),
+            speed=station(sizes, completed, power_w, token_s, token_s, idle_w),
+            step_variance=stages * interpolated(most, sizes, np.maximum(variance, 1e-18)),
             sizes=sizes,
             mixtures=mixtures,
             stages=stages,
         )
+
+    @property
+    def most(self) -> int:
+        """M."""
+        return len(self.step_variance)
+
+    @property
+    def step_s(self) -> Array:
+        """Seconds between a request's tokens."""
+        return self.speed.tpot_s
 
 
 def _occupancy(completions_per_s: Array, rate: float) -> tuple[npt.NDArray[np.int64], Array]:
@@ -165,7 +164,7 @@ def _occupancy(completions_per_s: Array, rate: float) -> tuple[npt.NDArray[np.in
     full = completions_per_s[-1]
     beyond = math.ceil(math.log(1e-9) / math.log(rate / full)) if rate < full else 0
     speeds = np.concatenate([completions_per_s, np.full(min(beyond, 200_000), full)])
-    logs = np.concatenate([[0.0], np.cumsum(math.log(rate) - np.log(speeds))])
+    logs = np.concatenate([[0.0], log_weights(np.array([rate]), speeds)[0]])
     chance = np.exp(logs - logs.max())
     return np.arange(len(logs)), chance / chance.sum()
 
@@ -225,7 +224,7 @@ class _Draws:
         # With asynchronous scheduling the next step is scheduled already, with what came during the one before.
         next_s = usual() * ahead
         line = np.maximum(self.held - most + 1, 0)
-        line_s = np.where(line > 0, random.gamma(np.maximum(line, 1)) / rank.completions_per_s[-1], 0.0)
+        line_s = np.where(line > 0, random.gamma(np.maximum(line, 1)) / rank.speed.completions_per_s[-1], 0.0)
         line_s *= (1 + variation) / 2
         in_front = prompts_of(rate / rank.stages * under_way * came)
         behind = prompts_of(rate / rank.stages * under_way * (1 - came))

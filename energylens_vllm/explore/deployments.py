@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from energylens_vllm.energy.batch import Array, Integers
-from energylens_vllm.explore.arrivals import Speed, arrivals, interpolated
+from energylens_vllm.energy.station import Speed, arrivals, interpolated, station
 from energylens_vllm.explore.engine import Engine
 from energylens_vllm.explore.space import MAX_NUM_SEQS, Load
 from energylens_vllm.explore.steady import Steady, steady
@@ -130,26 +130,20 @@ def _at_rate(
 
 
 def speed(engine: Engine, sizes: Integers, full: Steady, output_tokens: float) -> Speed:
-    """One data-parallel rank at 1 .. sizes[-1] requests, from closed queues of `sizes` requests: ascending, and the
-    first as many as there are pipeline stages.
-
-    Fewer requests than pipeline stages leave as many stages empty: completions and power above idle are in proportion.
-    """
+    """One data-parallel rank at 1 .. sizes[-1] requests, from closed queues of `sizes` requests (see `station`)."""
     ranks = engine.deployment.data_parallel_size
-    most, least = int(sizes[-1]), int(sizes[0])
-    known = sizes.astype(np.float64)
-    idle_w = engine.model.idle_power_w / ranks
-    part = np.minimum(np.arange(1, most + 1) / least, 1.0)
-    completions = interpolated(most, known, full.tokens_per_s / (ranks * output_tokens))
-    power_w = interpolated(most, known, full.power_w / ranks)
-    until_s = interpolated(most, known, _until_scheduled_s(engine, full))  # who comes alone does not wait
-    return Speed(
-        completions_per_s=completions * part,
-        power_w=idle_w + (power_w - idle_w) * part,
-        tpot_s=interpolated(most, known, full.tpot_s),
-        ttft_s=interpolated(most, known, full.ttft_s) + np.where(np.arange(most) > 0, until_s, 0.0),
-        idle_w=idle_w,
+    known, most = sizes.astype(np.float64), int(sizes[-1])
+    until_s = interpolated(most, known, _until_scheduled_s(engine, full))
+    found = station(
+        known,
+        full.tokens_per_s / (ranks * output_tokens),
+        full.power_w / ranks,
+        full.tpot_s,
+        full.ttft_s,
+        engine.model.idle_power_w / ranks,
     )
+    # Who comes alone does not wait.
+    return replace(found, ttft_s=found.ttft_s + np.where(np.arange(most) > 0, until_s, 0.0))
 
 
 def _until_scheduled_s(engine: Engine, full: Steady) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from energylens_vllm.explore.arrivals import Speed, arrivals, interpolated
+from energylens_vllm.energy.station import Speed, arrivals, interpolated
 
 
 def speed(completions: np.ndarray, idle_w: float = 100.0) -> Speed:

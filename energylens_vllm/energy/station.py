@@ -1,4 +1,4 @@
-"""Open arrivals at a server whose speed depends on how many requests it holds.
+"""A server as a queueing station: open arrivals at one whose speed depends on how many requests it holds.
 
 Requests arrive at random (Poisson), run together as vLLM batches them, and wait in line beyond `max_num_seqs`. The
 server is a processor-sharing station whose completion rate mu(n) is the throughput of a closed queue of n requests; the
@@ -8,7 +8,8 @@ number of requests in it has the product form
 
 whatever the distribution of lengths while none waits (Baskett, Chandy, Muntz and Palacios, "Open, closed, and mixed
 networks of queues with different classes of customers", J. ACM 22, 1975). p(0) is the time that GPUs idle. Means then
-follow from Little's law.
+follow from Little's law. What is here does not know what makes the server as fast as it is: `queueing` asks for one
+server and draws percentiles, `explore` for thousands of rates and batch limits at once.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Arrivals:
 def arrivals(speed: Speed, rate_per_s: Array, limits: Integers) -> Arrivals:
     """What servers of one speed do under each arrival rate (R,) with each batch limit (B,), 1 <= limit <= N."""
     n = np.arange(1, len(speed.completions_per_s) + 1)
-    logs = np.multiply.outer(np.log(rate_per_s), n) - np.cumsum(np.log(speed.completions_per_s))  # (R, N)
+    logs = log_weights(rate_per_s, speed.completions_per_s)  # (R, N)
     peak = np.maximum(logs.max(axis=1, keepdims=True), 0.0)
     weights, none = np.exp(logs - peak), np.exp(-peak)  # of n = 1 .. N, and of an empty server
 
@@ -74,6 +75,32 @@ def arrivals(speed: Speed, rate_per_s: Array, limits: Integers) -> Arrivals:
         running=mean(n.astype(np.float64)) / total,
         idle_share=none / total,
         waiting_share=(last + beyond) / total,
+    )
+
+
+def log_weights(rate_per_s: Array, completions_per_s: Array) -> Array:
+    """log(p(n) / p(0)) for n = 1 .. N, of shape (R, N) for R rates and speeds of shape (N,)."""
+    n = np.arange(1, len(completions_per_s) + 1)
+    logs: Array = np.multiply.outer(np.log(rate_per_s), n) - np.cumsum(np.log(completions_per_s))
+    return logs
+
+
+def station(
+    sizes: Array, completions_per_s: Array, power_w: Array, tpot_s: Array, ttft_s: Array, idle_w: float
+) -> Speed:
+    """A server at 1 .. sizes[-1] requests, from closed queues of `sizes`: ascending, and the first as many as there are
+    pipeline stages.
+
+    Fewer requests than pipeline stages leave as many stages empty: completions and power above idle are in proportion.
+    """
+    most = int(sizes[-1])
+    part = np.minimum(np.arange(1, most + 1) / sizes[0], 1.0)
+    return Speed(
+        completions_per_s=interpolated(most, sizes, completions_per_s) * part,
+        power_w=idle_w + (interpolated(most, sizes, power_w) - idle_w) * part,
+        tpot_s=interpolated(most, sizes, tpot_s),
+        ttft_s=interpolated(most, sizes, ttft_s),
+        idle_w=idle_w,
     )
 
 
