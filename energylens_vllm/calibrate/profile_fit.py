@@ -64,7 +64,7 @@ FREE: Mapping[Kind, Mapping[str, Prior]] = {
         **_COMMON,
         "experts.bfloat16.memory_efficiency": Prior(0.1, 0.3), "experts.bfloat16.compute_efficiency": Prior(0.2, 0.5),
         "experts.bfloat16.launch_s": Prior(0.3, 0.7), "experts.bfloat16.tile_s": Prior(0.5, 0.7),
-        "experts.padding_energy_share": Prior(0.7, 0.7),
+        "experts.padding_energy_share": Prior(0.2, 0.7),
     },
 }  # fmt: skip
 #: A coefficient of which the points leave more than this of the prior's spread is not identified, and keeps its value.
@@ -280,6 +280,15 @@ def _solve(
     covariance = max(scatter, PRIOR_WEIGHT**2) * np.linalg.pinv(square)
     left = np.minimum(np.sqrt(np.diag(covariance)), 1.0) * spread
     return at(found.x), dict(zip(names, left.tolist(), strict=True))
+
+
+def compare(
+    points: Sequence[Point], measured: Mapping[str, Measured], profile: GpuProfile, top_clock_hz: float
+) -> tuple[Compared, ...]:
+    """The points that were measured beside what a profile says of them."""
+    return _compared(
+        [(point, measured[point.name]) for point in points if point.name in measured], profile, top_clock_hz
+    )
 
 
 def _compared(

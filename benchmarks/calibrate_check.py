@@ -1,0 +1,122 @@
+"""Fit measured points of an H100 again, and score the profile on steps that vLLM ran on the same GPU.
+
+    python benchmarks/calibrate_check.py                 # with the points of benchmarks/results/calibrate_h100
+    python benchmarks/calibrate_check.py POINTS.jsonl    # with those of another run of `energylens calibrate`
+
+Prints the errors of the points before and after the fit, what was fitted, and the errors over recorded windows of vLLM
+(tests/data/h100_vllm). The first three recordings were taken on the GPU whose points are kept, as its idle power of
+119 W tells (the others' draw 131 W and more); nothing of them is in the fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from energylens_vllm import Deployment, EnergyModel
+from energylens_vllm.calibrate.measured import Log, Measured
+from energylens_vllm.calibrate.points import points
+from energylens_vllm.calibrate.profile_fit import Compared, Fitted, Machine, compare, fit_points, start_profile
+from energylens_vllm.calibrate.recording import load
+from energylens_vllm.calibrate.windows import measured_windows
+from energylens_vllm.hardware import GpuProfile, load_profile
+
+HERE = pathlib.Path(__file__).parent
+POINTS = HERE / "results" / "calibrate_h100" / "points.jsonl"
+RECORDINGS = HERE.parent / "tests" / "data" / "h100_vllm"
+TOP_CLOCK_HZ = 1980e6
+#: recording -> the model, and what else `Deployment` needs to know
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama8b-steady": ("llama-3.1-8b", {}),
+    "qwen32b": ("qwen3-32b", {}),
+    "qwen30b-routed": ("qwen3-30b-a3b", {}),
+}
+KINDS = {
+    "idle": "idle", "spin": "idle", "memory": "memory", "launch": "launch", "linear": "GEMM bf16",
+    "linear_fp8": "GEMM fp8", "decode": "attention, decode", "prefill": "attention, prefill", "experts": "experts",
+}  # fmt: skip
+
+
+def read_points(path: pathlib.Path) -> dict[str, Measured]:
+    header = json.loads(path.open().readline())
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copy(path, folder)
+        return Log(pathlib.Path(copy), header, resume=True).measured
+
+
+def fit(measured: dict[str, Measured]) -> tuple[GpuProfile, Fitted]:
+    """The profile that the fit starts from, and what it makes of it."""
+    base = load_profile("H100-SXM").at_release("0.25.1")
+    machine = Machine("NVIDIA H100 80GB HBM3", base.sm_count, base.memory_bytes, 3.352e12, TOP_CLOCK_HZ, 700.0)
+    start = start_profile(base, machine, same_gpu=True)
+    return start.profile, fit_points(start, points(), measured, TOP_CLOCK_HZ, "points")
+
+
+def point_errors(rows: tuple[Compared, ...]) -> dict[str, str]:
+    """Mean absolute error of power, and of time, by kind."""
+    found = {}
+    for kind in dict.fromkeys(KINDS.values()):
+        own = [row for row in rows if KINDS.get(row.kind) == kind]
+        powers = [abs(row.predicted_w / row.power_w - 1) for row in own if row.predicted_w]
+        times = [abs(row.predicted_s / row.time_s - 1) for row in own if row.predicted_s]
+        cells = [f"{np.mean(errors):6.1%}" if errors else "     -" for errors in (times, powers)]
+        found[kind] = f"{len(own):3d}  " + "  ".join(cells)
+    return found
+
+
+def step_errors(name: str, profile: GpuProfile) -> dict[str, tuple[float, float]]:
+    """Mean absolute errors of time and energy over a recording's windows, by kind of load."""
+    model, given = RUNS[name]
+    recording = load(RECORDINGS / f"{name}_steps.npz")
+    deployment = Deployment(
+        gpu="H100-SXM",
+        vllm_release="0.25.1",
+        max_num_seqs=512,
+        cudagraph_capture_sizes=recording.capture_sizes,
+        **given,
+    )
+    energy = EnergyModel(model, deployment, profile)
+    windows = measured_windows(recording, energy.masks)
+    predicted = windows.predict(energy)
+    found = {}
+    kinds = np.array([window.partition("_")[0] for window in windows.names])
+    for kind in dict.fromkeys(kinds.tolist()):
+        own = kinds == kind
+        found[kind] = (
+            float(np.mean(np.abs(predicted.busy_s[own] / windows.busy_s[own] - 1))),
+            float(np.mean(np.abs(predicted.energy_j[own] / windows.energy_j[own] - 1))),
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("points", type=pathlib.Path, nargs="?", default=POINTS)
+    measured = read_points(parser.parse_args().points)
+    base, fitted = fit(measured)
+    before = point_errors(compare(points(), measured, base, TOP_CLOCK_HZ))
+    after = point_errors(fitted.compared)
+    print("points                n  time   power  of the shipped profile; time   power  of the calibrated one")
+    for kind, text in before.items():
+        print(f"{kind:20s} {text}   {'':22s} {after[kind][5:]}")
+    print("\ncoefficient                                shipped  calibrated          std")
+    for name in fitted.fitted:
+        old, new = base[name], fitted.profile.coefficients[name]
+        if abs(new.value / old - 1) >= 0.005:
+            print(f"{name:40s} {old:9.3g}   {new.value:9.3g}  {new.value / old - 1:+6.1%}  {new.std:5.1%}")
+    print("\nrecorded steps of vLLM           time, energy off: shipped          calibrated")
+    for name in RUNS:
+        old_errors, new_errors = step_errors(name, base), step_errors(name, fitted.profile)
+        for kind, (old_s, old_j) in old_errors.items():
+            new_s, new_j = new_errors[kind]
+            print(f"{name:20s} {kind:12s} {old_s:15.1%} {old_j:8.1%} {new_s:14.1%} {new_j:8.1%}")
+
+
+if __name__ == "__main__":
+    main()
