@@ -10,7 +10,6 @@ no GPU, a GPU that no profile describes) does not change it. What to do about ea
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from energylens_vllm import __version__
 from energylens_vllm.architectures import known_models
@@ -26,6 +25,8 @@ from energylens_vllm.cli.table import quantity, table
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware import load_profile
+from energylens_vllm.meter import MeterError, MigRefused
+from energylens_vllm.meter.nvml import Nvml, NvmlGpu
 from energylens_vllm.serving import settings
 from energylens_vllm.serving.start import REFERENCE_GPU, gpu_of
 
@@ -75,8 +76,7 @@ def look(name: str | None) -> Iterator[Check]:
     with Machine() as machine:
         yield machine.nvml()
         products = []
-        for index in range(machine.count):
-            product, check = machine.gpu(index)
+        for product, check in machine.gpus():
             products.append(product)
             yield check
     yield profile(products)
@@ -133,47 +133,49 @@ def settings_in_environment() -> Check:
 
 
 class Machine:
-    """NVML while it is in use; `count` is the number of GPUs, 0 without NVML."""
+    """NVML while it is in use: the GPUs that CUDA_VISIBLE_DEVICES shows, as the plugin's meter sees them."""
 
     def __init__(self) -> None:
-        self.problem, self.count, self.driver = "", 0, ""
+        self._backend = Nvml(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        self._problem, self._found = "", list[tuple[str, NvmlGpu | MeterError]]()
         try:
-            self._nvml: Any = importlib.import_module("pynvml")
-            self._nvml.nvmlInit()
-        except Exception as error:  # no driver, no library, no permission: NVML has an exception for each
-            self.problem = str(error)
-            return
-        self.driver, self.count = _text(self._nvml.nvmlSystemGetDriverVersion()), self._nvml.nvmlDeviceGetCount()
+            self._found = self._backend.look()
+        except MeterError as error:
+            self._problem = str(error)
 
     def __enter__(self) -> Machine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.problem:
-            self._nvml.nvmlShutdown()
+        self._backend.close()
 
     def nvml(self) -> Check:
-        advice = "if there is an NVIDIA GPU, install its driver, or let the container see it (docker run --gpus all)"
-        if self.problem:
-            return Check("NVML", "warning", f"{self.problem}: no GPU is found", advice)
-        found = f"driver {self.driver}, {self.count} GPU{'s' * (self.count != 1)}"
-        return Check("NVML", "ok", found) if self.count else Check("NVML", "warning", found, advice)
+        if self._problem:
+            advice = (
+                "if there is an NVIDIA GPU, install its driver, or let the container see it (docker run --gpus all)"
+            )
+            return Check("NVML", "warning", f"{self._problem}: no GPU is found", advice)
+        number = len(self._found)
+        return Check("NVML", "ok", f"driver {self._backend.driver()}, {number} GPU{'s' * (number != 1)}")
 
-    def gpu(self, index: int) -> tuple[str, Check]:
-        """The product's name, and whether its energy can be measured."""
-        name, nvml = f"GPU {index}", self._nvml
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            product = _text(nvml.nvmlDeviceGetName(handle))
-            if _attempt(lambda: nvml.nvmlDeviceGetMigMode(handle)[0]) == nvml.NVML_DEVICE_MIG_ENABLE:
-                return product, Check(name, "failed", f"{product} in MIG mode: its energy cannot be told apart by "
-                                      "instance", f"nvidia-smi -i {index} -mig 0, or another GPU")  # fmt: skip
-            counter = _attempt(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) is not None
-        except Exception as error:
-            return "", Check(name, "failed", f"NVML: {error}", "nvidia-smi says more of what is wrong with it")
-        if not counter:
-            return product, Check(name, "warning", f"{product}, no energy counter: power readings are integrated")
-        return product, Check(name, "ok", f"{product}, energy counter")
+    def gpus(self) -> Iterator[tuple[str, Check]]:
+        """Each one's product name, and whether its energy can be measured."""
+        for index, (product, found) in enumerate(self._found):
+            if isinstance(found, MigRefused):
+                yield product, Check(f"GPU {index}", "failed", f"{product}: {found}", "use a GPU without MIG, or set "
+                                     "ENERGYLENS_METER=0: predictions do without")  # fmt: skip
+            elif isinstance(found, MeterError):
+                yield product, Check(f"GPU {index}", "failed", str(found), "nvidia-smi says more of what is wrong")
+            else:
+                yield product, Check(f"GPU {found.label}", *_COUNTS[found.counts](product))
+
+
+#: what a GPU's counter counts -> (status, detail) for a product
+_COUNTS: dict[str, Callable[[str], tuple[Literal["ok", "warning", "failed"], str]]] = {
+    "gpu": lambda product: ("ok", f"{product}, energy counter"),
+    "module": lambda product: ("ok", f"{product}, a superchip: power of the GPU alone is integrated"),
+    "nothing": lambda product: ("warning", f"{product}, no energy counter: power readings are integrated"),
+}
 
 
 def profile(products: list[str]) -> Check:
@@ -206,15 +208,3 @@ def model(name: str | None) -> Check:
                      "family give the path of its config.json; docs/einsum.md says how to write any other")  # fmt: skip
     parameters = quantity(built.cascade.parameters(), "").replace("G", "B").strip()
     return Check("model", "ok", f"{name}: {parameters} parameters, {built.quantization or 'not quantized'}")
-
-
-def _attempt(read: Callable[[], Any]) -> Any:
-    """What `read` returns, or None where the GPU does not support it."""
-    try:
-        return read()
-    except Exception:  # NVMLError_NotSupported on some products, older drivers raise others
-        return None
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -59,14 +59,18 @@ class Nvml:
     @_typed
     def open(self) -> Sequence[NvmlGpu]:
         """Connect. Raises MigRefused for a partitioned GPU, NoMeter for one that is not there."""
-        pynvml.nvmlInit()
-        self._is_open = True
-        names = self._names()
-        last = len(names) if self._count is None else self._first + self._count
-        if last > len(names) or last == self._first:
-            shown = "all" if self._visible is None else f"CUDA_VISIBLE_DEVICES={self._visible!r}"
-            raise NoMeter(f"GPUs {self._first} to {last - 1} of {len(names)} ({shown}): there are not that many")
-        return [NvmlGpu(name) for name in names[self._first : last]]
+        return [NvmlGpu(name) for name in self._chosen()]
+
+    @_typed
+    def look(self) -> list[tuple[str, NvmlGpu | MeterError]]:
+        """Connect, and give each GPU's product name with the GPU, or with why it cannot be measured. Raises MeterError
+        only if there is nothing to look at."""
+        return [_looked_at(name) for name in self._chosen()]
+
+    @_typed
+    def driver(self) -> str:
+        """Its version, once connected."""
+        return _text(pynvml.nvmlSystemGetDriverVersion())
 
     def close(self) -> None:
         """Give the library back; NVML counts its users, so vLLM's own use of it goes on."""
@@ -74,6 +78,18 @@ class Nvml:
             self._is_open = False
             with contextlib.suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
+
+    def _chosen(self) -> list[int | str]:
+        """Connect; the names of the GPUs that this is about."""
+        pynvml.nvmlInit()
+        self._is_open = True
+        names = self._names()
+        last = len(names) if self._count is None else self._first + self._count
+        if last > len(names) or last == self._first:
+            shown = "all" if self._visible is None else f"CUDA_VISIBLE_DEVICES={self._visible!r}"
+            wanted = f"GPUs {self._first} to {last - 1}" if last > self._first else "GPUs"
+            raise NoMeter(f"{wanted} of {len(names)} ({shown}): there are not that many")
+        return names[self._first : last]
 
     def _names(self) -> list[int | str]:
         """Indices or UUIDs, as CUDA reads the variable: up to the first that is none."""
@@ -105,8 +121,7 @@ class NvmlGpu:
 
     @_typed
     def __init__(self, name: int | str) -> None:
-        by_name = pynvml.nvmlDeviceGetHandleByIndex if isinstance(name, int) else pynvml.nvmlDeviceGetHandleByUUID
-        self._handle = by_name(name)
+        self._handle = _handle(name)
         self.uuid = _uuid(self._handle)
         self.label = str(pynvml.nvmlDeviceGetIndex(self._handle))
         if self._try(lambda: pynvml.nvmlDeviceGetMigMode(self._handle)[0]) == pynvml.NVML_DEVICE_MIG_ENABLE:
@@ -159,9 +174,30 @@ class NvmlGpu:
             raise
 
 
+def _looked_at(name: int | str) -> tuple[str, NvmlGpu | MeterError]:
+    product = ""
+    try:
+        product = _product(name)
+        return product, NvmlGpu(name)
+    except MeterError as error:
+        return product, error
+
+
+@_typed
+def _product(name: int | str) -> str:
+    return _text(pynvml.nvmlDeviceGetName(_handle(name)))
+
+
+def _handle(name: int | str) -> Any:
+    return (pynvml.nvmlDeviceGetHandleByIndex if isinstance(name, int) else pynvml.nvmlDeviceGetHandleByUUID)(name)
+
+
 def _uuid(handle: Any) -> str:
-    uuid = pynvml.nvmlDeviceGetUUID(handle)
-    return uuid.decode() if isinstance(uuid, bytes) else str(uuid)
+    return _text(pynvml.nvmlDeviceGetUUID(handle))
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _mig(what: str) -> MigRefused:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from energylens_vllm.cli import doctor, main
@@ -16,34 +16,43 @@ from energylens_vllm.cli import doctor, main
 ROOT = Path(__file__).parents[2]
 
 
-class NotSupported(Exception):
-    pass
+def nvml(*products: str, mig: bool = False, counter: bool = True, c2c: bool = False, lost: int = -1) -> SimpleNamespace:
+    """An NVML with these products, of which number `lost` has gone; its constants and errors are those of pynvml."""
 
+    def not_supported(*_: Any) -> Any:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-def nvml(*products: str, mig: bool = False, counter: bool = True) -> SimpleNamespace:
-    """An NVML with these products; its names are those of pynvml."""
+    def handle(index: int) -> int:
+        if index == lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        if index >= len(products):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return index
 
-    def energy(handle: int) -> int:
-        if not counter:
-            raise NotSupported
-        return 123
-
-    def mig_mode(handle: int) -> list[int]:
-        if not mig:
-            raise NotSupported
-        return [1, 1]
-
+    constants = {name: value for name, value in vars(pynvml).items() if name.startswith(("NVML", "nvmlClocks"))}
     return SimpleNamespace(
-        NVML_DEVICE_MIG_ENABLE=1,
+        **constants,
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlSystemGetDriverVersion=lambda: b"580.65.06",  # older pynvml gives bytes
         nvmlDeviceGetCount=lambda: len(products),
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetName=lambda handle: products[handle],
-        nvmlDeviceGetMigMode=mig_mode,
-        nvmlDeviceGetTotalEnergyConsumption=energy,
+        nvmlDeviceGetHandleByIndex=handle,
+        nvmlDeviceGetIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda index: f"GPU-{index}",
+        nvmlDeviceGetName=lambda index: products[index],
+        nvmlDeviceGetMigMode=(lambda index: [1, 1]) if mig else not_supported,
+        nvmlDeviceGetC2cModeInfoV=(lambda index: SimpleNamespace(isC2cEnabled=1)) if c2c else not_supported,
+        nvmlDeviceGetTotalEnergyConsumption=(lambda index: 123) if counter else not_supported,
     )
+
+
+def no_nvml() -> SimpleNamespace:
+    """Where there is no driver."""
+
+    def init() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    return SimpleNamespace(**vars(nvml()) | {"nvmlInit": init})
 
 
 def checks(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, str]]]:
@@ -53,7 +62,7 @@ def checks(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str,
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLLM_PLUGINS", "ENERGYLENS_GPU", "ENERGYLENS_ENABLED"):
+    for name in ("VLLM_PLUGINS", "ENERGYLENS_GPU", "ENERGYLENS_ENABLED", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -132,19 +141,35 @@ def test_plugins_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (nvml("NVIDIA H200", counter=False), {"GPU 0": ("warning", "power readings are integrated")}),
         (nvml("NVIDIA H200", "NVIDIA H200", mig=True), {"GPU 0": ("failed", "MIG"), "GPU 1": ("failed", "MIG")}),
-        (nvml(), {"NVML": ("warning", "0 GPUs"), "profile": ("warning", "because no GPU is found")}),
-        (None, {"NVML": ("warning", "no GPU is found"), "profile": ("warning", "flagged reference_gpu")}),
+        (nvml("NVIDIA GH200 480GB", c2c=True), {"GPU 0": ("ok", "a superchip")}),
+        (nvml("NVIDIA H200", "NVIDIA H200", lost=1), {"GPU 0": ("ok", "counter"), "GPU 1": ("failed", "GPU is lost")}),
+        (nvml(), {"NVML": ("warning", "of 0 (all)"), "profile": ("warning", "because no GPU is found")}),
+        (no_nvml(), {"NVML": ("warning", "no GPU is found"), "profile": ("warning", "flagged reference_gpu")}),
     ],
 )
 def test_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], machine: Any, found: dict[str, tuple[str, str]]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", machine)  # None: it cannot be imported
+    monkeypatch.setattr("energylens_vllm.meter.nvml.pynvml", machine)
     status, made = checks(capsys)
     assert {name: made[name]["status"] for name in found} == {name: status for name, (status, _) in found.items()}
     assert all(words in made[name]["detail"] for name, (_, words) in found.items())
     assert all(check["advice"] for check in made.values() if check["status"] == "failed")
     assert status == (1 if any(check["status"] == "failed" for check in made.values()) else 0)
+
+
+def test_only_gpus_that_cuda_shows_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("energylens_vllm.meter.nvml.pynvml", nvml("NVIDIA H200", "NVIDIA L40S"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    _, found = checks(capsys)
+    assert "GPU 0" not in found
+    assert found["GPU 1"]["detail"] == "NVIDIA L40S, energy counter"
+    assert found["profile"]["detail"].startswith("L40S (as found)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7")
+    _, found = checks(capsys)
+    assert "0 GPUs' UUIDs" in found["NVML"]["detail"]
 
 
 def test_the_setting_says_which_profile(monkeypatch: pytest.MonkeyPatch) -> None:
