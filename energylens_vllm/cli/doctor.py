@@ -152,7 +152,7 @@ class Machine:
     def nvml(self) -> Check:
         if self._problem:
             advice = (
-                "if there is an NVIDIA GPU, install its driver, or let the container see it (docker run --gpus all)"
+                "if there is an NVIDIA GPU, install its driver, or let its container see it (--gpus all)"
             )
             return Check("NVML", "warning", f"{self._problem}: no GPU is found", advice)
         number = len(self._found)
