@@ -16,7 +16,7 @@ from energylens_vllm.routing.decisions import Decisions
 from energylens_vllm.routing.expected import ExpectedOutput
 from energylens_vllm.routing.policy import Request, Snapshots, rank
 from energylens_vllm.routing.prefixes import Prefixes
-from energylens_vllm.routing.prompts import BLOCK_TOKENS, read
+from energylens_vllm.routing.prompts import BLOCK_TOKENS, MOST_BLOCKS
 from energylens_vllm.routing.table import StepTable
 
 #: Weight of a request in the mean prompt, and of a report in the mean ratio of step times.
@@ -44,24 +44,26 @@ class Ranks:
         self._decisions = decisions or Decisions()
         self._mean_prompt: float | None = None
         self._previous = -1
+        self._names = [str(i) for i in range(count)]
 
     def choose(
         self, loads: Sequence[Load], prompt: Sequence[int] | None, max_tokens: int | None = None
     ) -> int | None:  # fmt: skip
         """The rank for a prompt of these tokens, None if vLLM should decide."""
         tokens = len(prompt) if prompt else 1
-        asked = read({"prompt": list(prompt)}) if prompt else None
-        blocks = () if asked is None else asked.blocks
+        blocks = _blocks(prompt) if prompt else ()
         typical = float(tokens) if self._mean_prompt is None else self._mean_prompt
         output = self._expected.tokens(tokens, max_tokens)
         s = self._snapshots
-        cached = np.zeros(len(loads))
-        for i, load in enumerate(loads):
-            held = load.running + load.waiting
-            used = held * (typical + output / 2) if load.kv_usage is None else load.kv_usage * self._table.kv_tokens
-            s.running[i], s.waiting_tokens[i], s.kv_tokens_used[i] = held, load.waiting * typical, used
-            s.mean_context[i] = used / held if held else 0.0
-            cached[i] = BLOCK_TOKENS * self._prefixes.matched(str(i), blocks)
+        held = [load.running + load.waiting for load in loads]
+        used = [
+            n * (typical + output / 2) if load.kv_usage is None else load.kv_usage * self._table.kv_tokens
+            for n, load in zip(held, loads, strict=True)
+        ]
+        s.running[:], s.kv_tokens_used[:] = held, used
+        s.waiting_tokens[:] = [load.waiting * typical for load in loads]
+        s.mean_context[:] = [tokens / n if n else 0.0 for n, tokens in zip(held, used, strict=True)]
+        cached = np.array([BLOCK_TOKENS * self._prefixes.matched(name, blocks) for name in self._names], dtype=float)
         request = Request(
             tokens, output, cached, self._ttft_s, self._tpot_s, typical_prompt_tokens=typical, previous=self._previous
         )  # fmt: skip
@@ -72,7 +74,7 @@ class Ranks:
             return None
         self._decisions.record(ranking, best)
         self._previous = best
-        self._prefixes.add(str(best), blocks, int(self._table.kv_tokens / BLOCK_TOKENS))
+        self._prefixes.add(self._names[best], blocks, int(self._table.kv_tokens / BLOCK_TOKENS))
         uncached = max(tokens - float(cached[best]), 1.0)
         self._mean_prompt = uncached if self._mean_prompt is None else typical + LEARNING * (uncached - typical)
         return best
@@ -86,3 +88,12 @@ class Ranks:
         if predicted_s > 0 and measured_s > 0:
             factors = self._snapshots.time_factor
             factors[rank] += LEARNING * (measured_s / predicted_s - factors[rank])
+
+
+def _blocks(prompt: Sequence[int]) -> tuple[int, ...]:
+    """Hashes of a prompt's whole blocks, each with all before it."""
+    blocks, before = [], 0
+    for start in range(0, min(len(prompt) // BLOCK_TOKENS, MOST_BLOCKS) * BLOCK_TOKENS, BLOCK_TOKENS):
+        before = hash((before, *prompt[start : start + BLOCK_TOKENS]))
+        blocks.append(before)
+    return tuple(blocks)

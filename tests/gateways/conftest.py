@@ -11,7 +11,7 @@ from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.routing import StepTable
 
 sys.path.insert(0, str(Path(__file__).parent))
-ROOT = Path(__file__).parents[2]
+from replicas import package
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +22,5 @@ def table() -> StepTable:
 
 @pytest.fixture(scope="session")
 def package_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder for PYTHONPATH that has this package, for interpreters that it is not installed in."""
-    folder = tmp_path_factory.mktemp("package") / "energylens_vllm"
-    folder.mkdir()
-    for source in [*(ROOT / "energylens_vllm").iterdir(), ROOT / "hooks", ROOT / "dashboards"]:
-        if source.name != "__pycache__":
-            (folder / source.name).symlink_to(source)
-    return str(folder.parent)
+    """See `package`."""
+    return package(tmp_path_factory.mktemp("package"))

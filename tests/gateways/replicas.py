@@ -94,3 +94,14 @@ def fakes(folder: Path, *ports_and_arguments: tuple[int, str]) -> Iterator[list[
             process = stack.enter_context(running(command, log, f"http://127.0.0.1:{port}/health"))
             made.append(Fake(port, process))
         yield made
+
+
+def package(folder: Path) -> str:
+    """A folder for PYTHONPATH that has this package, for interpreters that it is not installed in."""
+    made = folder / "package" / "energylens_vllm"
+    if not made.exists():
+        made.mkdir(parents=True)
+        for source in [*(ROOT / "energylens_vllm").iterdir(), ROOT / "hooks", ROOT / "dashboards"]:
+            if source.name != "__pycache__":
+                (made / source.name).symlink_to(source)
+    return str(made.parent)
