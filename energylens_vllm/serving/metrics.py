@@ -118,7 +118,7 @@ PREDICTION = (
         "histogram",
         "joules",
         "Predicted energy of one engine step.",
-        buckets=_decades(-3, 4),
+        buckets=_decades(-1, 4),
     ),
     Metric(
         "energylens_predicted_step_time_seconds_total",
@@ -258,7 +258,7 @@ PAIRING = (
         "histogram",
         "",
         "Predicted over measured energy of one window (5 s), less one.",
-        buckets=(-0.5, -0.2, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0),
+        buckets=(-0.2, -0.1, -0.05, -0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2),
     ),
     Metric(
         "energylens_bias_ratio",
@@ -333,7 +333,7 @@ ATTRIBUTION = (
         "joules",
         "Predicted energy of one finished or aborted request (with the setting `attribution`).",
         _PHASE,
-        buckets=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0),
+        buckets=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0),
     ),
     Metric(
         "energylens_attributed_energy_joules_total",
