@@ -7,8 +7,8 @@ its start is added. A replica is feasible when, with the request, time to first 
 the room that `headroom` keeps), sequences and KV cache hold, and when few answers are expected to miss their time per
 token for prompts that come between (`risk`). Order of the verdicts:
 
-1. feasible, by joules; within `hysteresis` of the least the replica chosen before stays, so small differences and noise
-   do not make requests flap
+1. feasible, by joules. Within `hysteresis` of the least, less than is known, come first the replica chosen before, so
+   that requests do not flap, and then the fastest kinds: where idle replicas cost the same, the one that can take more
 2. unknown: a snapshot that is too old or incomplete. It may be idle or drowning, so it is never taken for idle
 3. infeasible, by damage: how far targets are missed, for the request and for those that run there, and the risk
 4. out: unhealthy, draining or stopped; listed so that a caller sees why
@@ -30,6 +30,7 @@ P seconds that waits for others of W seconds, in prompts of T seconds typically,
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ _CONTEXTS = np.array(CONTEXTS)
 _INNER = _CONTEXTS[1:-1]  # the first and last cell also serve what lies outside
 _INNER_LIST = _INNER.tolist()
 _WIDTH = len(CONTEXTS) - 1
-_NAN = float("nan")
+_NAN, _LAST = math.nan, math.inf
 #: Replicas up to which plain Python is quicker than numpy.
 FEW = 24
 #: Of what all answers endure, the part that is counted on; the rest is kept for prompts that come in bursts.
@@ -164,6 +165,9 @@ class Fleet:
         self.pair_s = column("pair_s")
         self.pair_j = column("pair_j") - column("idle_w") * self.pair_s
         self.kv_tokens = column("kv_tokens")
+        #: a step of one sequence: which kind is faster
+        self.alone_s = np.array([np.nan if table is None else table.decode_s[1, 0] for table in tables])
+        self.alone_list: list[float] = self.alone_s.tolist()
         #: the same for one replica at a time
         self.rows = [
             None if table is None else (_cells(table)[1], table.max_num_seqs, table.kv_tokens, *coefficients)
@@ -338,7 +342,7 @@ def _rank_few(s: Snapshots, request: Request, config: Config) -> Ranking:
     most_ttft_s, most_tpot_s = request.ttft_s * kept, request.tpot_s * kept
     rows, state, key = s.fleet.rows, [], []
     joules, ttft_s, tpot_s, risks = [], [], [], []
-    count, fallback = len(rows), True
+    count, fallback, least_j = len(rows), True, math.inf
     cached = request.cached_tokens
     have = np.asarray(cached, dtype=np.float64).tolist() if not isinstance(cached, float) else cached
     usable = s.usable.tolist()
@@ -407,12 +411,19 @@ def _rank_few(s: Snapshots, request: Request, config: Config) -> Ranking:
         over_kv = used + waiting + held - kv_tokens * kv_kept
         if first_s <= most_ttft_s and each_s <= most_tpot_s and over_kv <= 0 and after <= most and risk <= most_risk:
             state.append(FEASIBLE)
-            key.append(added_j * (1 - config.hysteresis) if i == previous else added_j)
+            key.append(added_j)
+            least_j = added_j if added_j < least_j else least_j
         else:
             damage = max(first_s / most_ttft_s - 1, 0.0) + after * max(each_s / most_tpot_s - 1, 0.0)
+            damage += share * own_s / (typical * token_s) * before_s / (most_ttft_s + before_s)
             state.append(INFEASIBLE)
             key.append(damage + max(over_kv / (kv_tokens * kv_kept), 0.0) + max(after / most - 1, 0.0) + risk)
-    order = sorted(range(count), key=list(zip(state, key, strict=True)).__getitem__)
+    near_j, alone_s = least_j / (1 - config.hysteresis), s.fleet.alone_list
+    places = [
+        (here, (-1.0 if i == previous else alone_s[i]) if here == FEASIBLE and value <= near_j else _LAST, value)
+        for i, (here, value) in enumerate(zip(state, key, strict=True))
+    ]
+    order = sorted(range(count), key=places.__getitem__)
     return Ranking(order, state, joules, ttft_s, tpot_s, risks, fallback, s, request)
 
 
@@ -469,13 +480,17 @@ def _rank_many(s: Snapshots, request: Request, config: Config) -> Ranking:
     state = np.where(usable, np.where(known, state, UNKNOWN), OUT)
     key = joules.copy()
     if state.any():
-        # Damage counts each who misses: the request itself, and by time per token those that run there.
+        # Damage counts each who misses: the request itself, and by time per token those that run there; and, against a
+        # typical prompt, how much its own delays those that come while it waits, which a cached prefix spares them.
         damage = np.maximum(over_ttft - 1, 0) + after * np.maximum(over_tpot - 1, 0) + np.maximum(over_kv - 1, 0)
+        damage += share * own_s / (typical * token_s) * before_s / (request.ttft_s * kept + before_s)
         damage += np.maximum(over_seqs - 1, 0) + risk
         turns = (np.arange(len(key)) - request.turn) % max(len(key), 1)
         key = np.select([state == FEASIBLE, state == INFEASIBLE, state == UNKNOWN], [joules, damage, turns], 0.0)
-    previous = request.previous
-    if 0 <= previous < len(key) and state[previous] == FEASIBLE:
-        key[previous] *= 1 - config.hysteresis
+    feasible = state == FEASIBLE
+    near = feasible & (joules <= np.where(feasible, joules, np.inf).min(initial=np.inf) / (1 - config.hysteresis))
+    place = np.where(near, fleet.alone_s, _LAST)
+    if 0 <= request.previous < len(key) and near[request.previous]:
+        place[request.previous] = -1.0
     fallback = not bool((known & usable).any())
-    return Ranking(np.lexsort((key, state)), state, joules, ttft_s, tpot_s, risk, fallback, s, request)
+    return Ranking(np.lexsort((key, place, state)), state, joules, ttft_s, tpot_s, risk, fallback, s, request)

@@ -134,6 +134,23 @@ def test_a_small_difference_does_not_move_requests() -> None:
     assert (left.best, right.best) == (0, 1)
 
 
+def test_of_idle_replicas_that_cost_the_same_the_fastest_kind_comes_first() -> None:
+    """They gather where the first goes: a slow replica would soon be full."""
+    ranking = rank([idle(SLOW), idle(SLOW), idle(), idle()], REQUEST)
+    assert ranking.joules[0] == pytest.approx(ranking.joules[2], rel=0.03)
+    assert ranking.joules[0] < ranking.joules[2]
+    assert list(ranking.order) == [2, 3, 0, 1]
+    assert rank([idle(SLOW), idle()], replace(REQUEST, previous=0)).best == 0
+
+
+def test_where_all_are_late_a_cached_prefix_outweighs_a_queue_a_little_shorter() -> None:
+    request = Request(20_000, 300.0, np.array([18_000.0, 0.0]), 1.0, 0.05, typical_prompt_tokens=10_000.0)
+    load = dict(running=20.0, kv_tokens_used=150_000.0, mean_context=7000.0, prefill_tokens_per_s=25_000.0)
+    fleet = [Snapshot(TABLE, waiting_tokens=tokens, **load) for tokens in (130_000.0, 100_000.0)]
+    assert rank(fleet, request).best == 0
+    assert rank(fleet, replace(request, cached_tokens=0.0)).best == 1
+
+
 def test_cached_prefixes_draw_requests() -> None:
     request = replace(REQUEST, prompt_tokens=4000, cached_tokens=np.array([0.0, 3900.0]))
     assert rank([idle(running=8), idle(running=8)], request).best == 1

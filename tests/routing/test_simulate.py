@@ -125,6 +125,20 @@ def test_gathering_saves_and_holds_the_targets(table: StepTable) -> None:
     assert ours.attainment >= least.attainment - 0.005
 
 
+def test_short_answers_are_not_late_behind_long_prompts(table: StepTable) -> None:
+    """Prompts of seconds and some answers of a few tokens, at a fifth of what the fleet can do."""
+    random = np.random.default_rng(5)
+    at = np.cumsum(random.exponential(1 / 2.5, 500))
+    prompts, outputs = random.lognormal(8.9, 1.0, 500).clip(100, 60_000), random.lognormal(5, 1.5, 500).clip(2, 1000)
+    arrivals = [
+        Arrival(*each)
+        for each in zip(at.tolist(), prompts.astype(int).tolist(), outputs.astype(int).tolist(), strict=True)
+    ]
+    ours, least = (simulate(name, [table] * 8, arrivals, 5.0, 0.05, seed=3) for name in ("energy", "least-request"))
+    assert ours.attainment >= least.attainment
+    assert ours.energy_per_output_token_j < 0.95 * least.energy_per_output_token_j
+
+
 def test_a_belief_that_is_wrong_by_a_fifth_costs_little(table: StepTable) -> None:
     arrivals = load_of(600, 30)
     beliefs = [table.scaled(0.8, 0.8), table.scaled(1.2, 1.2)] * 2
