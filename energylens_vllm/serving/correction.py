@@ -49,7 +49,8 @@ class Correction:
 def correct(model: EnergyModel, learner: Learner, steps: Steps, plain: Predictions) -> tuple[Predictions, Correction]:
     """Predict `steps` with what was learnt; `plain` is what `model` says of them."""
     factors, on_energy = learner.factors, learner.on_energy
-    found = plain if on_energy.is_neutral() else model.with_factors(on_energy).predict(steps)
+    in_force = replace(on_energy, limit=on_energy.limit * model.factors.limit)  # on top of the limit that is in force
+    found = plain if on_energy.is_neutral() else model.with_factors(in_force).predict(steps)
     kind = (steps.decode_tokens < steps.tokens).astype(np.int64)
     on_time = learner.on_time[kind]
     is_limited = found.clock < 1.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from energylens_vllm.serving.request_log import RequestLog
 from energylens_vllm.serving.settings import Settings
 from energylens_vllm.serving.shares import Prices, Spared
 
+logger = logging.getLogger(__name__)
+
+#: Power limits that differ by less are the same one.
+LIMIT_TOLERANCE = 0.005
 #: A request that asks waits until the steps since the last report are charged, on the engine's thread: some 0.15 ms a
 #: step, so they must not be many.
 MOST_UNCHARGED_S = 1.0
@@ -46,13 +52,24 @@ def measure(
             learner=predictor.learner,
             idle_std=unlearnt_idle_std(model),
         )
-    observer.listeners.append(Measurement(meter, pairing))
+    observer.listeners.append(Measurement(meter, pairing, lambda limit_w: _follow_limit(predictor, limit_w)))
     if learning is not None:
         observer.listeners.append(learning)
     else:
         show(observer.increments, "off")
     meter.start()
     return meter
+
+
+def _follow_limit(predictor: ModelPredictor | None, limit_w: float) -> None:
+    """Predict for the power limit that is in force, which may be set lower than the profile's (`nvidia-smi -pl`)."""
+    if predictor is None:
+        return
+    model = predictor.model
+    ratio = limit_w / (model.deployment.power_limit_w or model.profile["power.limit_w"])
+    if abs(ratio - model.factors.limit) > LIMIT_TOLERANCE:
+        predictor.model = model.with_factors(replace(model.factors, limit=ratio))
+        logger.info("energylens predicts for a power limit of %.0f W", limit_w)
 
 
 def _learn(predictor: ModelPredictor, settings: Settings, engine: int) -> Learning:

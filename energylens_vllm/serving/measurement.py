@@ -22,18 +22,24 @@ _STATE = {
 class Measurement:
     """A listener of `StepObserver` that has something to tell even if there were no steps."""
 
-    def __init__(self, meter: Meter, pairing: Pairing | None = None) -> None:
-        """Without a pairing (nothing is predicted) it only exports."""
+    def __init__(
+        self, meter: Meter, pairing: Pairing | None = None, on_limit: Callable[[float], None] = lambda limit_w: None
+    ) -> None:
+        """Without a pairing (nothing is predicted) it only exports. `on_limit` is told the lowest power limit in force
+        of the GPUs, when it changes."""
         self.meter = meter
-        self._pairing = pairing
+        self._pairing, self._on_limit = pairing, on_limit
+        self._limits_w: dict[str, float] = {}
         self._last_end_s: dict[str, float] = {}
         self.watchers: list[Callable[[Sequence[Reading]], None]] = []  #: get each report's readings
 
     def __call__(self, steps: Sequence[Step], predictions: Predictions | None, increments: Increments) -> None:
         """Add what was read since the last report, then compare."""
-        readings = self.meter.take()
+        readings, limits_w = self.meter.take(), dict(self._limits_w)
         for reading in readings:
             self._add(reading, increments)
+        if self._limits_w != limits_w:
+            self._on_limit(min(self._limits_w.values()))
         for _, kind, count in self.meter.take_faults():
             increments.add("energylens_meter_faults_total", float(count), kind)
         increments.set("energylens_nvml_up", float(self.meter.is_up))
@@ -49,6 +55,8 @@ class Measurement:
     def _add(self, reading: Reading, increments: Increments) -> None:
         gpu, state = reading.gpu, reading.state
         self._last_end_s[gpu] = reading.end_s
+        if state.limit_w:
+            self._limits_w[gpu] = state.limit_w
         increments.add("energylens_gpu_energy_joules_total", reading.energy_j, gpu)
         if reading.module_j:
             increments.add("energylens_gpu_module_energy_joules_total", reading.module_j, gpu)

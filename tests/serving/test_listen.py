@@ -13,9 +13,9 @@ from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.meter import NoMeter
 from energylens_vllm.meter.gpu import Gpu
 from energylens_vllm.serving.batch import Batch
-from energylens_vllm.serving.learning import NAMES
+from energylens_vllm.serving.learning import ENERGY, FIRST, NAMES, Learner
 from energylens_vllm.serving.learning_listener import Learning
-from energylens_vllm.serving.listen import measure
+from energylens_vllm.serving.listen import _follow_limit, measure
 from energylens_vllm.serving.metrics import MAX_SERIES_PER_ENGINE, METRICS
 from energylens_vllm.serving.observer import StepObserver
 from energylens_vllm.serving.predictor import ModelPredictor
@@ -99,6 +99,31 @@ def test_nowhere_is_a_folder_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (learning,) = (listener for listener in observed.listeners if isinstance(listener, Learning))
         assert learning._file is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lower_power_limit_is_predicted_for() -> None:
+    observed = observer()
+    predictor = observed.predictor
+    assert isinstance(predictor, ModelPredictor)
+    predictor.learner = Learner(MODEL)
+    prefill = Batch(["a"], [8192], [0], [False], 8192, 0)
+    before = predictor.predict([prefill])
+    _follow_limit(predictor, 700.0)
+    assert predictor.model is MODEL  # as the profile has it
+    _follow_limit(predictor, 500.0)
+    for learnt in (False, True):
+        if learnt:
+            predictor.learner.windows = FIRST
+            predictor.learner.energy.factors[ENERGY.index("memory")] = 1.1
+        after = predictor.predict([prefill])
+        assert after.energy_j / after.time_s == pytest.approx(before.energy_j / before.time_s * 5 / 7, rel=2e-3)
+        assert after.time_s > 1.1 * before.time_s
+        assert after.correction is not None
+        uncorrected_w = after.correction.uncorrected_j / after.time_s
+        assert uncorrected_w == pytest.approx(after.energy_j / after.time_s, rel=0.02)
+    _follow_limit(predictor, 700.0)
+    predictor.learner = None
+    assert predictor.predict([prefill]).energy_j == pytest.approx(before.energy_j)
 
 
 def test_all_that_there_can_be_of_eight_gpus_is_exported() -> None:

@@ -108,3 +108,15 @@ def test_an_idle_engine_goes_on_reporting_and_a_lost_gpu_ages() -> None:
         "energylens_nvml_up": 0.0,
         "energylens_gpu_reading_age_seconds": pytest.approx(30.0),
     }
+
+
+def test_the_lowest_power_limit_in_force_is_told_when_it_changes() -> None:
+    meter, told = FakeMeter(), list[float]()
+    measurement = Measurement(meter, on_limit=told.append)
+    for limits_w in ((700.0, 700.0), (700.0, 700.0), (700.0, 500.0), (None, None), (600.0, 700.0)):
+        meter.readings = [
+            reading(str(gpu), 8.0, state=State() if limit_w is None else State(limit_w=limit_w))
+            for gpu, limit_w in enumerate(limits_w)
+        ]
+        measurement((), None, Increments())
+    assert told == [700.0, 500.0, 600.0]
