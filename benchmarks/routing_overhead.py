@@ -5,8 +5,9 @@
     python benchmarks/routing_overhead.py --host haproxy
     python benchmarks/routing_overhead.py --host vllm-ranks # the choice of a rank alone, in microseconds
 
-Replicas answer at once, one token. Policies take turns request by request, so that whatever else the machine does falls
-on all alike. Milliseconds from sending a request to the end of its answer, one after the other, one client.
+Replicas answer at once, one token. Policies take turns request by request, each time in another order, so that whatever
+else the machine does falls on all alike. Milliseconds from sending a request to the end of its answer, one after the
+other, one client.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import http.client
 import inspect
 import json
 import os
+import random
 import re
 import statistics
 import sys
@@ -192,10 +194,12 @@ HOSTS: dict[str, Callable[[], object]] = {
 def measure(policies: Policies, requests: int) -> dict[str, list[float]]:
     """Milliseconds of each request, by policy."""
     times: dict[str, list[float]] = {name: [] for name in policies}
+    order, draw = list(policies), random.Random(0)
     for number in range(requests + 20):
-        for name, ask in policies.items():
+        draw.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            ask()
+            policies[name]()
             if number >= 20:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
