@@ -4,9 +4,9 @@
     python benchmarks/learn_gpu.py out/            # 6 minutes; --tp 2 on two GPUs
     python benchmarks/learn_gpu.py out/ --replay   # runs nothing: what was recorded, served again with every profile
 
-One server with the shape of Llama-3.1-8B and random weights, the plugin found as users have it, its engine in a process
-of its own, attribution and request log on. Load is mixed: Poisson streams of changing rate, closed queues, pauses; a
-fifth of the prompts was seen before. After 3 minutes, wMAPE over windows of 5 s of the profile alone and of what the
+One server with the shape of Llama-3.1-8B (or another --model) and random weights, the plugin found as users have it,
+its engine in a process of its own, attribution and request log on. Load is mixed: Poisson streams of changing rate,
+closed queues, pauses; a fifth of the prompts was seen before. After 3 minutes, wMAPE over windows of 5 s of the profile alone and of what the
 plugin exported, with what it had learnt until then. Checked in the same run:
 
 - meter: joules on /metrics against this script's own readings of the energy counter and against power integrated here;
@@ -42,10 +42,11 @@ from typing import Any
 import engine_recorder
 import learn_recorded
 import numpy as np
-from in_process import CAPTURE_SIZES, LLAMA, TINY
+from in_process import CAPTURE_SIZES, LLAMA, QWEN3_30B_A3B, TINY
 
 LEARNING_S = 180.0
 PORT = 8820
+MODELS = {"llama8b": LLAMA, "qwen30b": QWEN3_30B_A3B}
 WRITTEN = ("engine", "learnt", "request_log.jsonl")  #: by the engine
 
 
@@ -284,7 +285,9 @@ class Scraper:
 # -- the run ------------------------------------------------------------------------------------------------------
 
 
-async def run(out: pathlib.Path, tp: int, tiny: bool, factors: Mapping[str, float], total_s: float) -> None:
+async def run(
+    out: pathlib.Path, config: Mapping[str, Any], tp: int, tiny: bool, factors: Mapping[str, float], total_s: float
+) -> None:
     import aiohttp
 
     from energylens_vllm.hardware import load_profile
@@ -293,7 +296,6 @@ async def run(out: pathlib.Path, tp: int, tiny: bool, factors: Mapping[str, floa
     for name in WRITTEN:  # the engine adds to what is there
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     plan = TRIAL if tiny else Plan(MIXED.loads, total_s, min(LEARNING_S, 0.6 * total_s), *_lengths(MIXED))
-    config = TINY["llama"] if tiny else LLAMA
     gauge = Gauge(tp)
     gpu = gpu_of(gauge.names[0]) or REFERENCE_GPU
     profile = out / "off.json"
@@ -309,7 +311,7 @@ async def run(out: pathlib.Path, tp: int, tiny: bool, factors: Mapping[str, floa
         gpus=gauge.names, driver=gauge.driver, power_limit_w=gauge.limit_w, gpu=gpu, tp=tp, off=dict(factors),
         config=config, learning_s=plan.learning_s,
     )  # fmt: skip
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # sooner than the server closes idle connections
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(600)) as session:
         with Server(out, config, tp, tiny, environment) as server:
             began_s = time.perf_counter()
@@ -550,6 +552,7 @@ def log(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="the folder to write to")
+    parser.add_argument("--model", default="llama8b", choices=MODELS, help="whose shape (default: llama8b)")
     parser.add_argument("--tp", type=int, default=1, help="GPUs (default: 1)")
     parser.add_argument("--seconds", type=float, default=300.0, help="of load (default: 300)")
     parser.add_argument(
@@ -561,9 +564,11 @@ def main() -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if not args.replay:
-        asyncio.run(run(out, args.tp, args.tiny, learn_recorded.OFF[args.off], args.seconds))
+        config = TINY["llama"] if args.tiny else MODELS[args.model]
+        asyncio.run(run(out, config, args.tp, args.tiny, learn_recorded.OFF[args.off], args.seconds))
     text = table(out, args.replay)
-    (out / ("replayed.md" if args.replay else "table.md")).write_text(text + "\n")
+    if not args.replay:
+        (out / "table.md").write_text(text + "\n")
     print(text)
     checks = json.loads((out / "result.json").read_text()).get("checks", [])
     return 0 if args.replay or all(found["holds"] for found in checks) else 1
