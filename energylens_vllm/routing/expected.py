@@ -78,7 +78,7 @@ class _Histogram:
             elif tokens > mean / 16:
                 spread = min(spread, (tokens - least) * (1 / share - 1))
             shorter += self.weights[at]
-        return least, spread if spread < math.inf else mean
+        return least, max(spread, 1.0) if spread < math.inf else mean
 
 
 class ExpectedOutput:

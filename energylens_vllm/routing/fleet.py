@@ -218,6 +218,7 @@ class LiveFleet:
                 self.targets.ttft_s,
                 self.targets.tpot_s,
                 typical_prompt_tokens=self._typical_prompt,
+                short_output=self._expected.short,
                 previous=previous,
                 turn=self._turn,
             )

@@ -327,7 +327,7 @@ def _constants(request: Request) -> tuple[float, float, float, float, float, flo
     least, spread = request.short_output or (0.0, float(request.expected_output_tokens))
     typical = request.prompt_tokens if request.typical_prompt_tokens is None else request.typical_prompt_tokens
     own = max(request.prompt_tokens + output / 2, 1.0)
-    return output, SPARED * least, spread, max(float(typical), 1.0), own, min(request.tpot_s, 1e6)
+    return output, SPARED * least, max(spread, 1e-3), max(float(typical), 1.0), own, min(request.tpot_s, 1e6)
 
 
 def _rank_few(s: Snapshots, request: Request, config: Config) -> Ranking:

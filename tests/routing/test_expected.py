@@ -66,3 +66,26 @@ def test_no_output_says_nothing() -> None:
     expected = ExpectedOutput()
     expected.learn(100, 0)
     assert expected.tokens(100) == FIRST_GUESS
+
+
+def test_how_short_answers_may_be() -> None:
+    expected, draw = ExpectedOutput(), random.Random(0)
+    assert expected.short == (0.0, FIRST_GUESS)
+    lengths = [40 + int(draw.expovariate(1 / 300)) for _ in range(3000)]
+    for tokens in lengths:
+        expected.learn(500, tokens)
+    least, spread = expected.short
+    assert 20 < least <= 45  # next to none is shorter
+    for limit in (50, 60, 80):  # the law holds up to a quarter of the mean, and is not far off
+        share = sum(tokens < limit for tokens in lengths) / len(lengths)
+        law = (limit - least) / (spread + limit - least)
+        assert share <= law + 0.02 < share + 0.12
+
+
+def test_some_answers_of_a_few_tokens_show() -> None:
+    expected, draw = ExpectedOutput(), random.Random(1)
+    for _ in range(3000):
+        expected.learn(500, draw.choice([4, 400, 400, 400]))
+    least, spread = expected.short
+    assert least <= 4
+    assert spread < 100  # a quarter is shorter than 19 tokens, a sixteenth of the mean
