@@ -34,6 +34,7 @@ _PER_SECOND = {"/s": 1.0, "": 1.0, "/min": 1 / 60, "/h": 1 / 3600}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser._negative_number_matcher = re.compile(r"^-\.?\d")  # "--rate -3/s" is a rate that is refused, not a flag
     add_model_argument(parser, "--model")
     parser.add_argument("--gpu", action="append", metavar="NAME", help="GPU to try; again for more (default: H200-SXM)")
     count = parser.add_mutually_exclusive_group()

@@ -94,6 +94,7 @@ def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFix
         (["--gpus", "7", "-pp", "1", "-q", "none"], "gpus: no deployment of Llama-3.1-70B uses exactly 7 GPUs"),
         (["--gpus", "0"], "max_gpus: 0"),
         (["--rate", "-5"], "--rate: '-5'; accepted: a rate such as 20/s"),
+        (["--rate", "-3/s"], "--rate: '-3/s'; accepted: a rate such as 20/s"),
         (["--rate", "20/day"], "--rate: '20/day'"),
         (["--rate", "1000/s"], "keeps up with 1000 requests a second"),
         (["--tpot", "fast"], "--tpot: 'fast'; accepted: a time such as 1s or 50ms"),
