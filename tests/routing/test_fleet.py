@@ -213,9 +213,9 @@ def test_memory_of_a_day(fleet: LiveFleet, time: Time) -> None:
                     fleet.hear(each, idle(time, num_ended=number, ended=((100, 20),)))
 
     tracemalloc.start()
-    requests(2000)  # of 30 blocks and more: the 12,500 that a replica's cache holds are full
+    requests(800)  # of 30 blocks and more: the 12,500 that a replica's cache holds are full
     before, _ = tracemalloc.get_traced_memory()
-    requests(4000)
+    requests(1600)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert after - before < 0.1 * before
