@@ -6,8 +6,8 @@
 
 One server with the shape of Llama-3.1-8B (or another --model) and random weights, the plugin found as users have it,
 its engine in a process of its own, attribution and request log on. Load is mixed: Poisson streams of changing rate,
-closed queues, pauses; a fifth of the prompts was seen before. After 3 minutes, wMAPE over windows of 5 s of the profile alone and of what the
-plugin exported, with what it had learnt until then. Checked in the same run:
+closed queues, pauses; a fifth of the prompts was seen before. After 3 minutes, wMAPE over windows of 5 s of the profile
+alone and of what the plugin exported, with what it had learnt until then. Checked in the same run:
 
 - meter: joules on /metrics against this script's own readings of the energy counter and against power integrated here;
 - pairing: windows compared, and their measured joules against the counter;
