@@ -6,7 +6,7 @@ counters and histograms are summed over processes when scraped, and a gauge show
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -27,7 +27,9 @@ class Exporter:
     def __init__(self, model_name: str, engines: Iterable[int], registry: CollectorRegistry = REGISTRY) -> None:
         self._model_name = model_name
         self._registry = registry
-        self._collectors = {metric.name: _collector(metric, registry) for metric in METRICS}
+        self.collectors = {metric.name: _collector(metric, registry) for metric in METRICS}
+        #: get each observation of a histogram: its name, the value and all labels
+        self.observed: list[Callable[[str, float, dict[str, str]], None]] = []
         self._children: dict[tuple[int, str, tuple[str, ...]], Collector] = {}
         self._series: dict[int, int] = {}
         self._guard = Guard()
@@ -57,6 +59,10 @@ class Exporter:
                     histogram = self._histogram(engine, name, tuple(labels))
                     for value in values:
                         histogram.observe(value)
+                    for tell in self.observed:
+                        all_labels = self._labels(engine, name, tuple(labels))
+                        for value in values:
+                            tell(name, value, all_labels)
         self._count_failures(engine)
 
     def refuse(self, engine: int, problem: str) -> None:
@@ -72,10 +78,10 @@ class Exporter:
     def _register_again(self) -> None:
         """If somebody has emptied the registry, have it show our metrics again, whose values go on."""
         try:
-            self._registry.register(self._collectors[FAILURES])
+            self._registry.register(self.collectors[FAILURES])
         except ValueError:  # it is there, as it should be
             return
-        for name, collector in self._collectors.items():
+        for name, collector in self.collectors.items():
             if name != FAILURES:
                 self._registry.register(collector)
         raise EnergyLensError("the metrics had been removed from the registry; they are there again")
@@ -95,6 +101,10 @@ class Exporter:
         assert isinstance(child, Histogram), name
         return child
 
+    def _labels(self, engine: int, name: str, labels: tuple[str, ...]) -> dict[str, str]:
+        names = (*COMMON_LABELS, *BY_NAME[name].label_names)
+        return dict(zip(names, (self._model_name, str(engine), *labels), strict=True))
+
     def _child(self, engine: int, name: str, labels: tuple[str, ...]) -> Collector:
         child = self._children.get((engine, name, labels))
         if child is None:
@@ -103,7 +113,7 @@ class Exporter:
             if series > MAX_SERIES_PER_ENGINE:
                 raise EnergyLensError(f"{name}{labels}: engine {engine} would have {series} series")
             self._series[engine] = series
-            child = self._collectors[name].labels(self._model_name, str(engine), *labels)
+            child = self.collectors[name].labels(self._model_name, str(engine), *labels)
             self._children[engine, name, labels] = child
         return child
 

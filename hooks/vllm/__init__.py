@@ -11,6 +11,7 @@ What is changed in vLLM, all of it in memory and by name, so that a release that
 | `SyncMPClient.__init__` | tells the engine of an offline `LLM` that nobody listens while it is idle | `engine` |
 | `SchedulerStats` | one more field, which carries reports to the API servers | `transport` |
 | `StatLoggerManager.__init__` | one more stat logger, which exports them | `stat_logger` |
+| `OutputProcessor.do_tracing`, `instrument_manual` | a request's joules on its span, where vLLM traces | `tracing` |
 | `Worker.load_model` | counts how tokens choose experts, with `learn_expert_routing` | `expert_counts` |
 """
 
@@ -31,6 +32,7 @@ def register() -> None:
             ranks,
             scheduler,
             stat_logger,
+            tracing,
             transport,
         )
 
@@ -42,6 +44,7 @@ def register() -> None:
         late.when_imported("vllm.v1.engine.core_client", ranks.install)
         late.when_imported("vllm.v1.metrics.stats", transport.install)
         late.when_imported("vllm.v1.metrics.loggers", stat_logger.install)
+        late.when_imported("vllm.v1.engine.output_processor", tracing.install)
         late.when_imported("vllm.v1.worker.gpu_worker", expert_counts.install)
     except Exception as error:
         status.unusable(error)

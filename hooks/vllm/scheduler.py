@@ -6,7 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from energylens_vllm.hooks.vllm import requests, transport
+from energylens_vllm.hooks.vllm import requests, tracing, transport
 from energylens_vllm.hooks.vllm.batch import Recorder
 from energylens_vllm.hooks.vllm.start import start_observer
 
@@ -40,6 +40,7 @@ def observed(base: type) -> type:
             self.energylens_observer = start_observer(self, vllm_config)
             if self.energylens_observer is not None:
                 self.energylens_recorder = Recorder(vllm_config)
+                self.energylens_traced = tracing.endpoint(vllm_config) is not None
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
             observer = self.energylens_observer
@@ -63,8 +64,8 @@ def observed(base: type) -> type:
                 return outputs
             try:
                 observer.ended(scheduler_output)
-                if observer.asking:
-                    requests.answer(observer, outputs)
+                if observer.asking or self.energylens_traced:
+                    requests.answer(observer, outputs, self.energylens_traced)
                 if not observer.has_reporter and observer.is_due(not self.has_unfinished_requests()):
                     observer.report()
                 if observer.outbox:

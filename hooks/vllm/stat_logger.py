@@ -11,7 +11,7 @@ import vllm
 
 from energylens_vllm import __version__
 from energylens_vllm.errors import EnergyLensError
-from energylens_vllm.hooks.vllm import ranks, status, transport
+from energylens_vllm.hooks.vllm import ranks, status, tracing, transport
 from energylens_vllm.serving import settings
 
 logger = logging.getLogger("energylens_vllm")
@@ -29,10 +29,12 @@ def install(loggers: ModuleType) -> None:
         """Exports what the engines report."""
 
         def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
-            from energylens_vllm.serving.exporter import Exporter  # prometheus_client: not in every worker
+            from energylens_vllm.serving import otlp  # prometheus_client and more: not in every worker
+            from energylens_vllm.serving.exporter import Exporter
 
             self.exporter = Exporter(vllm_config.model_config.served_model_name, engine_indexes)
             self.exporter.set_build_info(__version__, vllm.__version__)
+            otlp.start(self.exporter, tracing.endpoint(vllm_config))
 
         def record(
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
