@@ -1,17 +1,19 @@
-"""How fast steps and deployments are predicted, beside AIConfigurator on the same configurations.
+"""How fast steps and deployments are predicted, beside AIConfigurator and GenZ on the same configurations.
 
     python benchmarks/explore_speed.py
-    python benchmarks/explore_speed.py --peer /path/to/venv/bin/aiconfigurator
+    python benchmarks/explore_speed.py --peer VENV/bin/aiconfigurator --genz OTHER_VENV/bin/python
 
-The peer (pip install aiconfigurator, in an environment of its own) is run once as its users run it, on the same model,
-GPUs, lengths and bounds; its own clock is taken, which leaves out its start. Its database is of vLLM 0.24 on H100.
-Everything runs on one core.
+Each peer has an environment of its own (pip install aiconfigurator; pip install genz-llm). AIConfigurator is run once
+as its users run it, on the same model, GPUs, lengths and bounds; its own clock is taken, which leaves out its start.
+Its database is of vLLM 0.24 on H100. GenZ-LLM-Analyzer is called for decode steps of the same batches and context, ideal
+as it comes (`system_eff` 1), and timed without its start. Everything runs on one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import re
 import subprocess
@@ -41,6 +43,7 @@ MODELS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, metavar="PROGRAM", help="the aiconfigurator program")
+    parser.add_argument("--genz", type=Path, metavar="PYTHON", help="a Python that has genz-llm")
     parser.add_argument("--steps", type=int, default=500_000, metavar="N", help="steps of a prediction")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -55,6 +58,8 @@ def main() -> None:
     found, seconds, own = timed(space)
     print(f"\nExploration of {MODEL} on up to 8 {GPU}, best of 5 (wall clock), and by the process's own time")
     print(f"  everything: {len(found.deployments)} deployments, {seconds:.2f} s, {own:.2f} s")
+    if args.genz is not None:
+        compare_genz(args.genz)
     if args.peer is None:
         return
     same = replace(space, quantization=(None,), kv_cache_dtype=("auto",), tensor_parallel_size=(2, 4, 8),
@@ -147,6 +152,46 @@ def compare(found: Exploration, seconds: float, program: Path) -> None:
         ("ready-made Kubernetes files", "yes", "no"),
     ):
         print(f"  {what:42}  {there:>6}  {us:>6}")
+
+
+GENZ = """
+import json, sys, time
+from GenZ import decode_moddeling
+def latency_ms(tp, batch):
+    return float(decode_moddeling(model="meta-llama/Llama-3.1-70B", batch_size=batch, input_tokens=int(sys.argv[2]),
+        output_tokens=0, Bb=1, system_name="H100_GPU", system_eff=1, bits="bf16", tensor_parallel=tp)["Latency"])
+pairs = json.loads(sys.argv[1])
+latency_ms(*pairs[0])
+start = time.process_time()
+found = [latency_ms(*pair) for pair in pairs]
+print("RESULT", json.dumps([time.process_time() - start, found]))
+"""
+
+
+def compare_genz(program: Path, context: int = 1150) -> None:
+    """Decode steps in 16 bits: how long each takes to predict, and what is predicted."""
+    pairs = [(tp, batch) for tp in (4, 8) for batch in (1, 16, 64, 144)]
+    done = subprocess.run(
+        [program, "-c", GENZ, json.dumps(pairs), str(context)], capture_output=True, text=True, check=True
+    )
+    seconds, theirs = json.loads(done.stdout.rpartition("RESULT")[2])
+    models = {tp: EnergyModel(MODEL, Deployment(gpu=GPU, tensor_parallel_size=tp)) for tp in (4, 8)}
+    ours = [models[tp].step([(1, context)] * batch) for tp, batch in pairs]
+    start = time.process_time()
+    for tp, batch in pairs:
+        models[tp].step([(1, context)] * batch)
+    own = time.process_time() - start
+    print(f"\nGenZ-LLM-Analyzer: decode steps of {MODEL}, contexts of {context:,}; CPU time of its process and ours")
+    there_ms, here_ms = 1e3 * seconds / len(pairs), 1e3 * own / len(pairs)
+    print(f"  a step takes {there_ms:.3g} ms there, {here_ms:.3g} ms here, one by one: {seconds / own:.0f} x")
+    print("  TP  batch    ms there   here    J here (none there)")
+    for (tp, batch), latency, step in zip(pairs, theirs, ours, strict=True):
+        print(f"  {tp:2} {batch:6}    {latency:7.2f} {step.time_s * 1e3:7.2f}    {step.energy_j:8.2f}")
+    ratios = np.log([step.time_s * 1e3 / latency for latency, step in zip(theirs, ours, strict=True)])
+    factor, spread = np.exp(ratios.mean()), np.exp(ratios.std())
+    print(
+        f"  here / there {factor:.2f} on average, times or over {spread:.2f}: efficiencies and overheads are the user's"
+    )
 
 
 def peer(program: Path) -> tuple[int, float, list[dict[str, str]]]:
