@@ -1,16 +1,21 @@
-"""What a routing decision costs: `rank` over 2 to 256 replicas, the best of many batches, in microseconds.
+"""What a routing decision costs (`rank` over 2 to 256 replicas, of many batches, in microseconds), and what simulating
+a trace on eight replicas costs, in seconds of one core.
 
-python benchmarks/routing_speed.py
+python benchmarks/routing_speed.py [TRACE]
 """
 
 from __future__ import annotations
 
+import sys
 import time
 
 import numpy as np
 
 from energylens_vllm.cli.simulate import fleet_tables
 from energylens_vllm.routing import Config, Request, Snapshots, rank
+from energylens_vllm.routing.policies import POLICIES
+from energylens_vllm.routing.simulate import simulate
+from energylens_vllm.routing.trace import read_arrivals
 
 
 def microseconds(replicas: int, batches: int = 200, calls: int = 20) -> tuple[float, float]:
@@ -34,8 +39,20 @@ def microseconds(replicas: int, batches: int = 200, calls: int = 20) -> tuple[fl
     return min(took), float(np.median(took))
 
 
+def simulation_s(trace: str, name: str) -> tuple[int, float]:
+    """Requests, and CPU seconds to simulate them."""
+    arrivals, tables = read_arrivals(trace), fleet_tables("llama-3.1-8b", "8xH200-SXM", 256)
+    start_s = time.process_time()
+    simulate(name, tables, arrivals, 1.0, 0.05)
+    return len(arrivals), time.process_time() - start_s
+
+
 if __name__ == "__main__":
     print(f"{'replicas':>8} {'least us':>9} {'median us':>9}")
     for count in (2, 8, 16, 64, 256):
         least, median = microseconds(count)
         print(f"{count:8d} {least:9.1f} {median:9.1f}")
+    for trace in sys.argv[1:2]:
+        for policy in POLICIES:
+            requests, took_s = simulation_s(trace, policy)
+            print(f"{requests} requests on 8 replicas, {policy}: {took_s:.1f} s")
