@@ -35,6 +35,7 @@ def serving(model: Path, folder: Path, *deployments: dict[str, Any], **environme
     command = [ray_python() or "", "-m", "energylens_vllm.hooks.ray", f"--model={model}", "--served-model-name=tiny"]
     command += [f"--port={PORT}", f"--metrics-port={PORT + 1}"]
     command += [f"--deployment={json.dumps({'engine_kwargs': ENGINE} | each)}" for each in deployments]
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     log = folder / "ray.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -42,7 +43,7 @@ def serving(model: Path, folder: Path, *deployments: dict[str, Any], **environme
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | VLLM | ENVIRONMENT | {"PYTHONPATH": str(HERE), "FAKE_STEP_S": "0.005"} | environment,
+            env=os.environ | VLLM | ENVIRONMENT | {"PYTHONPATH": path, "FAKE_STEP_S": "0.005"} | environment,
         )
     try:
         end = time.monotonic() + 600
