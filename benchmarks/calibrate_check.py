@@ -20,11 +20,14 @@ from typing import Any
 import numpy as np
 
 from energylens_vllm import Deployment, EnergyModel
+from energylens_vllm.calibrate.collectives import Row
+from energylens_vllm.calibrate.collectives_fit import power_errors, powered
 from energylens_vllm.calibrate.measured import Log, Measured
 from energylens_vllm.calibrate.points import points
 from energylens_vllm.calibrate.profile_fit import Compared, Fitted, Machine, compare, fit_points, start_profile
 from energylens_vllm.calibrate.recording import load
 from energylens_vllm.calibrate.windows import measured_windows
+from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.hardware import GpuProfile, load_profile
 
 HERE = pathlib.Path(__file__).parent
@@ -95,6 +98,22 @@ def step_errors(name: str, profile: GpuProfile) -> dict[str, tuple[float, float]
     return found
 
 
+def print_collectives() -> None:
+    """Power of collectives among two H100s, measured and predicted. Their times are those of CUDA graphs, which added
+    20 to 45 us to each (docs/calibrate.md), so the share of the time in which they run is that of the shipped times."""
+    rows = [
+        Row(**{name: value for name, value in row.items() if name != "graph"}, host_s=0.0)
+        for row in json.loads((POINTS.parent / "collectives.json").read_text())
+    ]
+    node = Collectives.load("H100-SXM").interconnect
+    fitted = powered(node, rows, "rows")
+    print("\ncollectives of two H100s, 4 KiB to 256 MiB: power of a GPU off")
+    for what, each in (("shipped", node), ("calibrated", fitted)):
+        error = float(np.mean(np.abs(np.expm1(power_errors(each, rows)))))
+        driving, byte = each["communication_power_w"], each["energy_per_link_byte_j"]
+        print(f"{what:12s} {error:6.1%} of {len(rows)} rows, with {driving:.0f} W and {byte:.2g} J/B")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("points", type=pathlib.Path, nargs="?", default=POINTS)
@@ -116,6 +135,7 @@ def main() -> None:
         for kind, (old_s, old_j) in old_errors.items():
             new_s, new_j = new_errors[kind]
             print(f"{name:20s} {kind:12s} {old_s:15.1%} {old_j:8.1%} {new_s:14.1%} {new_j:8.1%}")
+    print_collectives()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Time and joules of collectives among the GPUs of this machine, over message sizes.
 
-One process a GPU, started here and joined through a file. Every rank repeats an operation as often as the others, in
-CUDA graphs with NCCL, and reads its own GPU's energy counter meanwhile. On CPUs the same code runs with gloo, without
-graphs: that is how it is tested, and no figure of it means anything.
+One process a GPU, started here and joined through a file. Every rank repeats an operation as often as the others, and
+reads its own GPU's energy counter meanwhile. Not in CUDA graphs: on two H100s graphs of NCCL 2.28's operations added
+20 to 40 us to each, whatever its size, where launches that were enqueued took what NVIDIA's tables say. Launching takes
+the host 25 to 40 us, though, so shorter operations are only known to take no longer. On CPUs the same code runs with
+gloo: that is how it is tested, and no figure of it means anything.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import json
 import math
 import os
 import tempfile
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -27,9 +29,13 @@ OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SIZES = tuple(2**power for power in (12, 15, 18, 21, 24, 26, 28))
 #: What each operation is repeated for, of which the beginning is left to the counter and the clock to settle.
 WINDOW_S, SETTLE_S = 1.3, 0.25
-#: Seconds of work that are enqueued at a time, and how many of those may wait.
-BURST_S, AHEAD = 20e-3, 4
-MOST_LAUNCHES = 400
+#: Seconds of work that are enqueued at a time, how many of those may wait, and how many launches: CUDA's queue holds a
+#: thousand, beyond which launching waits.
+BURST_S, AHEAD, MOST_LAUNCHES = 5e-3, 4, 200
+#: Between readings of the counter, which take 4 ms.
+READ_S = 2e-3
+#: A row whose launching took this share of its time or more is bound by the host: the operation takes no longer.
+HOST_BOUND = 0.8
 #: From the start of the processes on; a peer that died makes the others wait for no longer.
 LIMIT_S, PEER_S = 150.0, 60.0
 
@@ -45,7 +51,7 @@ class Row:
     """An operation on a message of `bytes` among `gpus` GPUs: seconds and joules of one launch.
 
     `energy_j` is of all GPUs, static power included; `power_w` and `idle_power_w` of each (idle: with a CUDA context
-    and nothing to do). None where there is no counter. `graph`: whether a CUDA graph launched it.
+    and nothing to do). None where there is no counter. `host_s`: seconds in which the host launches it.
     """
 
     op: str
@@ -55,7 +61,12 @@ class Row:
     energy_j: float | None
     power_w: list[float] | None
     idle_power_w: list[float] | None
-    graph: bool
+    host_s: float
+
+    @property
+    def bound_by_host(self) -> bool:
+        """Whether it may take less time than `time_s`, which is the host's."""
+        return self.host_s >= HOST_BOUND * self.time_s
 
 
 def nvml_counter(rank: int) -> Counter:
@@ -132,25 +143,9 @@ def _rank(
             dist.barrier()
             seconds = _agree(torch, dist, device, _launch_s(launch, clock))
             launches = max(1, min(MOST_LAUNCHES, round(BURST_S / seconds)))
-            graph = _graph(torch, launch, launches) if backend == "nccl" else None
-
-            def burst(graph: Any = graph, launch: Callable[[], object] = launch, launches: int = launches) -> None:
-                if graph is not None:
-                    graph.replay()
-                else:
-                    for _ in range(launches):
-                        launch()
-
-            # Once more, as a graph is faster than the host, and every rank has to do as many.
-            seconds = _agree(torch, dist, device, _launch_s(burst, clock) / launches)
-            bursts = max(4, math.ceil(window_s / (seconds * launches)))
-            time_s, power_w = _repeat(burst, bursts, clock, meter)
-            rows.append({
-                "op": op, "bytes": size, "gpus": gpus, "time_s": time_s / launches, "power_w": power_w,
-                "graph": graph is not None,
-            })  # fmt: skip
-            if graph is not None:
-                graph.reset()
+            bursts = max(AHEAD + 2, math.ceil(window_s / (seconds * launches)))
+            time_s, host_s, power_w = _repeat(launch, launches, bursts, clock, meter)
+            rows.append({"op": op, "bytes": size, "gpus": gpus, "time_s": time_s, "host_s": host_s, "power_w": power_w})
     everyone: list[Any] = [None] * gpus
     dist.all_gather_object(everyone, (idle_w, rows))
     if rank == 0:
@@ -171,7 +166,7 @@ def together(everyone: Sequence[tuple[float | None, Sequence[dict[str, Any]]]]) 
         rows.append(Row(
             op=ranks[0]["op"], bytes=ranks[0]["bytes"], gpus=ranks[0]["gpus"], time_s=time_s,
             energy_j=sum(power_w) * time_s if whole else None, power_w=power_w if whole else None,
-            idle_power_w=idle_w if len(idle_w) == len(ranks) else None, graph=all(row["graph"] for row in ranks),
+            idle_power_w=idle_w if len(idle_w) == len(ranks) else None, host_s=max(row["host_s"] for row in ranks),
         ))  # fmt: skip
     return rows
 
@@ -193,22 +188,6 @@ def _operation(torch: Any, dist: Any, op: str, size: int, gpus: int, device: Any
     return lambda: dist.all_to_all_single(into, whole)
 
 
-def _graph(torch: Any, launch: Callable[[], object], launches: int) -> Any:
-    """A CUDA graph of so many launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        launch()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # Torch's watchdog looks at events from its own thread meanwhile, which only this mode allows.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(launches):
-            launch()
-    return graph
-
-
 def _agree(torch: Any, dist: Any, device: Any, value: float) -> float:
     """The largest of the ranks' values."""
     largest = torch.tensor([value], dtype=torch.float32, device=device)
@@ -222,8 +201,8 @@ class _HostClock:
     def mark(self) -> float:
         return time.perf_counter()
 
-    def is_done(self, _: float) -> bool:
-        return True
+    def wait(self, mark: float) -> None:
+        pass
 
     def seconds(self, begin: float, end: float) -> float:
         return end - begin
@@ -240,8 +219,8 @@ class _CudaClock:
         event.record()
         return event
 
-    def is_done(self, mark: Any) -> bool:
-        return bool(mark.query())
+    def wait(self, mark: Any) -> None:
+        mark.synchronize()
 
     def seconds(self, begin: Any, end: Any) -> float:
         end.synchronize()
@@ -257,42 +236,54 @@ def _launch_s(launch: Callable[[], object], clock: Any, times: int = 3) -> float
     return max(float(clock.seconds(begin, clock.mark())) / times, 1e-6)
 
 
-def _repeat(burst: Callable[[], None], bursts: int, clock: Any, meter: Counter | None) -> tuple[float, float | None]:
-    """Seconds of a burst and mean watts, over `bursts` of them."""
+def _repeat(
+    launch: Callable[[], object], launches: int, bursts: int, clock: Any, meter: Counter | None
+) -> tuple[float, float, float | None]:
+    """Seconds of a launch, those of them in which the host launches it, and mean watts, over `bursts` of `launches`."""
     marks: list[Any] = []
-    waiting: deque[Any] = deque()
-    readings = Readings(meter)
-    for _ in range(bursts):
-        burst()
-        marks.append(clock.mark())
-        waiting.append(marks[-1])
-        while len(waiting) >= AHEAD:
-            readings.look()
-            while waiting and clock.is_done(waiting[0]):
-                waiting.popleft()
-    while waiting:
-        if clock.is_done(waiting[0]):
-            waiting.popleft()
-        else:
-            readings.look()
-    return clock.seconds(marks[0], marks[-1]) / (len(marks) - 1), readings.power_w()
+    host_s = 0.0
+    with Readings(meter) as readings:
+        for burst in range(bursts):
+            before_s = time.perf_counter()
+            for _ in range(launches):
+                launch()
+            host_s += time.perf_counter() - before_s
+            marks.append(clock.mark())
+            if burst >= AHEAD:
+                clock.wait(marks[burst - AHEAD])
+        clock.wait(marks[-1])
+    time_s = clock.seconds(marks[0], marks[-1]) / (len(marks) - 1) / launches
+    return time_s, host_s / bursts / launches, readings.power_w()
 
 
 def _idle(meter: Counter | None) -> float | None:
-    readings, start_s = Readings(meter), time.perf_counter()
-    while meter is not None and time.perf_counter() - start_s < WINDOW_S:
-        readings.look()
-        time.sleep(1e-3)
+    with Readings(meter) as readings:
+        time.sleep(0.0 if meter is None else WINDOW_S)
     return readings.power_w()
 
 
 class Readings:
-    """Of an energy counter that advances now and then: power is what it gains between two advances."""
+    """Of an energy counter that advances now and then: power is what it gains between two advances. As a context it
+    reads in a thread of its own, because a read takes 4 ms in which the host could not launch anything."""
 
     def __init__(self, meter: Counter | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self._meter, self._clock, self._started_s = meter, clock, clock()
         self._last: tuple[float, float] | None = None
         self._advances: list[tuple[float, float]] = []
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Readings:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._meter is not None and not self._stopped.wait(READ_S):
+            self.look()
 
     def look(self) -> None:
         """Read it once."""

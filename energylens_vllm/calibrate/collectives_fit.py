@@ -39,11 +39,10 @@ def fit_collectives(node: Interconnect, rows: Sequence[Row], source: str) -> Fit
         after = _time_errors(replace(node, fits={**node.fits, name: fits[name]}), own)
         errors[op] = _mean(after), _mean(before)
     timed = replace(node, fits=fits, measured=True)
-    powered = _powered(timed, rows, source)
-    power_errors = [errors for errors in (_power_errors(powered, rows), _power_errors(node, rows)) if len(errors)]
-    if power_errors:
-        errors["power"] = _mean(power_errors[0]), _mean(power_errors[1])
-    return FittedCollectives(powered, errors)
+    driven = powered(timed, rows, source)
+    if len(after := power_errors(driven, rows)):
+        errors["power"] = _mean(after), _mean(power_errors(node, rows))
+    return FittedCollectives(driven, errors)
 
 
 def _mean(errors: Array) -> float:
@@ -51,10 +50,11 @@ def _mean(errors: Array) -> float:
 
 
 def _time_errors(node: Interconnect, rows: Sequence[Row]) -> Array:
-    """log(predicted / measured) of each row's time."""
+    """log(predicted / measured) of each row's time; of one that the host bounds, only what exceeds it."""
     collectives = Collectives(node)
     predicted = [float(collectives.time_s(row.op, float(row.bytes), row.gpus, "nccl").time_s) for row in rows]
-    return np.log(np.array(predicted) / [row.time_s for row in rows])
+    errors = np.log(np.array(predicted) / [row.time_s for row in rows])
+    return np.where([row.bound_by_host for row in rows], np.maximum(errors, 0.0), errors)
 
 
 def _scaled(node: Interconnect, name: str, rows: Sequence[Row], source: str) -> Fit:
@@ -74,7 +74,9 @@ def _scaled(node: Interconnect, name: str, rows: Sequence[Row], source: str) -> 
         return np.concatenate([PRIOR_WEIGHT * x, _time_errors(replace(node, fits={**node.fits, name: at(x)}), rows)])
 
     found = least_squares(residuals, np.zeros(2 * len(known.paths)), ROBUST_SCALE)
-    errors = found.residuals[2 * len(known.paths) :]
+    errors = found.residuals[2 * len(known.paths) :][[not row.bound_by_host for row in rows]]
+    if not len(errors):
+        return known
     return replace(
         at(found.x), sizes=tuple(sorted({*known.sizes, *(row.gpus for row in rows)})),
         max_bytes=max(known.max_bytes, float(max(row.bytes for row in rows))), std=float(np.sqrt(np.mean(errors**2))),
@@ -83,32 +85,33 @@ def _scaled(node: Interconnect, name: str, rows: Sequence[Row], source: str) -> 
 
 
 def _above_idle(node: Interconnect, rows: Sequence[Row]) -> tuple[Array, Array, Array]:
-    """Of each row with a counter: mean watts of a GPU, watts above idle, and bytes a second over a GPU's links."""
+    """Of each row with a counter that the host does not bound (there links and SMs rest, who knows how long): mean
+    watts of a GPU, watts above idle, and a row of (share of the time in which the operation runs, bytes a second over a
+    GPU's links), shape (N, 2)."""
     collectives = Collectives(node)
-    columns = []
+    power_w, above_w, columns = [], [], []
     for row in rows:
-        if row.power_w and row.idle_power_w:
-            wire = float(collectives.time_s(row.op, float(row.bytes), row.gpus, "nccl").wire_bytes)
-            power, idle = float(np.mean(row.power_w)), float(np.mean(row.idle_power_w))
-            columns.append((power, power - idle, wire / row.time_s))
-    power_w, above_w, sent = np.array(columns, dtype=np.float64).reshape(-1, 3).T
-    return power_w, above_w, sent
+        if row.power_w and row.idle_power_w and not row.bound_by_host:
+            timed = collectives.time_s(row.op, float(row.bytes), row.gpus, "nccl")
+            power_w.append(float(np.mean(row.power_w)))
+            above_w.append(power_w[-1] - float(np.mean(row.idle_power_w)))
+            columns.append((min(float(timed.time_s) / row.time_s, 1.0), float(timed.wire_bytes) / row.time_s))
+    return np.array(power_w), np.array(above_w), np.array(columns, dtype=np.float64).reshape(-1, 2)
 
 
-def _power_errors(node: Interconnect, rows: Sequence[Row]) -> Array:
-    """log(predicted / measured) of a GPU's mean power over measured seconds."""
-    power_w, above_w, sent = _above_idle(node, rows)
-    predicted = power_w - above_w + node["communication_power_w"] + node["energy_per_link_byte_j"] * sent
-    return np.log(predicted / power_w)
+def power_errors(node: Interconnect, rows: Sequence[Row]) -> Array:
+    """log(predicted / measured) of a GPU's mean power."""
+    power_w, above_w, columns = _above_idle(node, rows)
+    driving = np.array([node["communication_power_w"], node["energy_per_link_byte_j"]])
+    return np.asarray(np.log((power_w - above_w + columns @ driving) / power_w))
 
 
-def _powered(node: Interconnect, rows: Sequence[Row], source: str) -> Interconnect:
+def powered(node: Interconnect, rows: Sequence[Row], source: str) -> Interconnect:
     """Power while a collective runs and joules of a byte sent, by least squares of relative errors; neither below 0."""
-    power_w, above_w, sent = _above_idle(node, rows)
+    power_w, above_w, columns = _above_idle(node, rows)
     if len(power_w) < 3:
         return node
-    columns = np.stack([np.ones_like(sent), sent], axis=1) / power_w[:, None]
-    target, use = above_w / power_w, [0, 1]
+    columns, target, use = columns / power_w[:, None], above_w / power_w, [0, 1]
     solution = np.zeros(2)
     for _ in range(2):
         solution = np.zeros(2)

@@ -205,10 +205,10 @@ def collectives_summary(rows: Sequence[Row], fitted: FittedCollectives) -> str:
         return "-" if not values else " ".join(f"{value:.0f}" for value in values)
 
     lines = [table(
-        ["operation", "bytes", "time", "energy", "power of each, W", "idle, W"],
+        ["operation", "bytes", "time", "of the host", "energy", "power of each, W", "idle, W"],
         [
             [
-                row.op, str(row.bytes), quantity(row.time_s, "s"),
+                row.op, str(row.bytes), quantity(row.time_s, "s"), quantity(row.host_s, "s"),
                 "-" if row.energy_j is None else quantity(row.energy_j, "J"), watts(row.power_w),
                 watts(row.idle_power_w),
             ]

@@ -159,6 +159,20 @@ def test_one_absurd_point_does_not_bend_the_rest(tmp_path: Path) -> None:
         assert found.profile[coefficient] == pytest.approx(truth[coefficient], rel=0.04)
 
 
+def test_points_of_a_real_h100(tmp_path: Path) -> None:
+    """Kept from a run on one that idles at 119 W."""
+    kept = Path(__file__).parents[2] / "benchmarks" / "results" / "calibrate_h100" / "points.jsonl"
+    path = tmp_path / "points.jsonl"
+    path.write_bytes(kept.read_bytes())
+    log = Log(path, json.loads(kept.open().readline()), resume=True)
+    assert len(log.measured) == len(points()) - 1
+    found = fit_points(start_profile(BASE, machine(), True), points(), log.measured, TOP_CLOCK_HZ, "a test")
+    assert found.after["power"] < 0.05
+    assert found.after["time"] < 0.01  # its times are the reference
+    assert 117 < found.profile["power.static_w"] < 125
+    assert 1.25e-10 < found.profile["energy.memory_j_per_byte"] < 1.5e-10
+
+
 def test_least_squares() -> None:
     x = np.linspace(0, 1, 30)
     y = 2.0 * np.exp(-1.5 * x)

@@ -24,7 +24,7 @@ from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware import load_profile
 
 BASE = Collectives.load("H100-SXM").interconnect
-IDLE_W = 130.0
+IDLE_W, HOST_S = 130.0, 30e-6
 
 
 def test_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +36,8 @@ def test_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row.op, row.bytes) for row in rows] == [(op, size) for op in OPERATIONS for size in (4096, 1 << 20)]
     for row in rows:
         assert row.gpus == 2
-        assert not row.graph
+        assert 0 < row.host_s < 1
+        assert row.bound_by_host  # gloo's launches return when they are done
         assert 1e-6 < row.time_s < 1
         assert row.idle_power_w == pytest.approx([200, 300], rel=0.1)
     metered = [row for row in rows if row.power_w is not None]  # windows may be too short on a busy machine
@@ -62,11 +63,11 @@ def test_one_gpu_is_too_few() -> None:
 
 def test_the_slowest_rank_counts_and_everybodys_power() -> None:
     def rank(time_s: float, power_w: float | None) -> tuple[float, list[dict[str, object]]]:
-        row = {"op": "all_gather", "bytes": 64, "gpus": 2, "time_s": time_s, "power_w": power_w, "graph": True}
+        row = {"op": "all_gather", "bytes": 64, "gpus": 2, "time_s": time_s, "power_w": power_w, "host_s": time_s / 2}
         return 100.0, [row]
 
     (row,) = together([rank(1.0, 200.0), rank(1.5, 300.0)])
-    assert row == Row("all_gather", 64, 2, 1.5, 750.0, [200.0, 300.0], [100.0, 100.0], True)
+    assert row == Row("all_gather", 64, 2, 1.5, 750.0, [200.0, 300.0], [100.0, 100.0], 0.75)
     (row,) = together([rank(1.0, 200.0), rank(1.5, None)])
     assert row.energy_j is None
     assert row.power_w is None
@@ -122,11 +123,12 @@ def rows_of(slower: float, watts: float, byte_j: float, noise: float = 0.01, met
         for size in SIZES:
             timed = known.time_s(op, float(size), 2, "nccl")
             time_s = float(timed.time_s) * slower * (1 + noise * float(random.standard_normal()))
-            power_w = IDLE_W + watts + byte_j * float(timed.wire_bytes) / time_s
+            spent_s = max(time_s, HOST_S)  # the links rest while the host launches
+            power_w = IDLE_W + (watts * time_s + byte_j * float(timed.wire_bytes)) / spent_s
             both = [power_w * (1 + noise * float(random.standard_normal())) for _ in range(2)]
             idle = [IDLE_W, IDLE_W]
-            powers = (sum(both) * time_s, both, idle) if metered else (None, None, None)
-            rows.append(Row(op, size, 2, time_s, *powers, True))
+            powers = (sum(both) * spent_s, both, idle) if metered else (None, None, None)
+            rows.append(Row(op, size, 2, spent_s, *powers, HOST_S))
     return rows
 
 
@@ -134,7 +136,7 @@ def test_times_and_joules_are_recovered() -> None:
     found = fit_collectives(BASE, rows_of(1.25, 95.0, 1.5e-10), "a test")
     for op in OPERATIONS:
         after, before = found.errors[op]
-        assert before > 0.15
+        assert before > 0.05
         assert after < 0.03
         fit = found.interconnect.fits[f"nccl.{op}"]
         assert fit.source.startswith("a test; started from AIConfigurator")
