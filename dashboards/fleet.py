@@ -199,7 +199,6 @@ _TOLD = Row(
             "s",
             "Time since each replica was last seen to live, by its host's clock. Routers do without one whose is old.",
             Query(f"time() - {gauge('energylens_snapshot_timestamp_seconds', *PER_ENGINE, how='max')}", ENGINE_LEGEND),
-            zero_based=False,
         ),
         graph(
             "Requests held, tokens to compute",
@@ -207,6 +206,7 @@ _TOLD = Row(
             "Requests that each replica holds (left), and prompt tokens that it has yet to compute (right).",
             Query(gauge("energylens_held_requests", *PER_ENGINE), f"requests: {ENGINE_LEGEND}"),
             Query(gauge("energylens_waiting_tokens", *PER_ENGINE), f"tokens: {ENGINE_LEGEND}", axis="right"),
+            width=HALF,
             axis_to=1,
         ),
         graph(
@@ -219,6 +219,7 @@ _TOLD = Row(
                 ),
                 ENGINE_LEGEND,
             ),
+            width=HALF,
         ),
         table(
             "Replicas as routers know them",
@@ -237,6 +238,7 @@ _TOLD = Row(
                     how="max",
                 )
             ),
+            width=24,
         ),
     ),
 )

@@ -41,7 +41,7 @@ DATA = Path(__file__).parents[1] / "data" / "h200_vllm"
 REPLICAS = {"llama8b": ("llama-3.1-8b", "replica-0:8000"), "qwen30b": ("qwen3-30b-a3b", "replica-1:8000")}
 JOB = "vllm"
 ROUTER, ROUTER_JOB = "router-0:4000", "router"
-KV_TOKENS = 400_000.0  #: room for them in the KV cache
+KV_TOKENS = 700_000.0  #: room for them in the KV cache
 #: when the recording ends: fixed, so that every query has one answer
 NOW_S = 1_780_000_000
 DAY_S = 86_400
@@ -282,12 +282,12 @@ def _play(name: str, config: str, instance: str, samples: Samples, types: dict[s
     tokens = 0
     for batch, start_s, step_end_s in _batches(path):
         while next_report_s <= step_end_s:
+            while next_scrape_s < next_report_s:
+                scrape(next_scrape_s + shift_s)
+                next_scrape_s += SCRAPE_S
             now_s[0] = next_report_s
             report()
             next_report_s += REPORT_S
-            while next_scrape_s <= next_report_s - REPORT_S:
-                scrape(next_scrape_s + shift_s)
-                next_scrape_s += SCRAPE_S
         now_s[0] = start_s
         observer.scheduled(batch, batch, start_s)
         now_s[0] = step_end_s
@@ -295,11 +295,11 @@ def _play(name: str, config: str, instance: str, samples: Samples, types: dict[s
         vllm.step(batch, start_s, step_end_s)
         workers.tokens += batch.num_tokens
         tokens += batch.num_decode_tokens
-    now_s[0] = end_s
-    report()
-    while next_scrape_s <= end_s:
+    while next_scrape_s < end_s:
         scrape(next_scrape_s + shift_s)
         next_scrape_s += SCRAPE_S
+    now_s[0] = end_s
+    report()
     scrape(float(NOW_S))
     assert not observer.guard.failures
     return Truth(end_s - readings[0].start_s, sum(reading.energy_j for reading in readings), tokens)
