@@ -3,9 +3,12 @@
     python benchmarks/calibrate_check.py                 # with the points of benchmarks/results/calibrate_h100
     python benchmarks/calibrate_check.py POINTS.jsonl    # with those of another run of `energylens calibrate`
 
-Prints the errors of the points before and after the fit, what was fitted, and the errors over recorded windows of vLLM
-(tests/data/h100_vllm). The first three recordings were taken on the GPU whose points are kept, as its idle power of
-119 W tells (the others' draw 131 W and more); nothing of them is in the fit.
+The fit starts from a profile of another H100 (base.json: that of an earlier day, fitted on recordings of one GPU), as
+it would on a GPU that nobody has measured. Prints the errors of the points before and after, what was fitted, and the
+errors over recorded windows of vLLM (tests/data/h100_vllm) on the GPU whose points are kept, as its idle power of 119 W
+tells (others' draw 131 W and more): of the base, of the calibrated profile, and of the shipped one of today, which is
+fitted on some of them. Joules of the calibrated profile know nothing of these recordings; its seconds are those of
+kernels alone times what the shipped profile makes of them in steps (calibrate/reference.py).
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def read_points(path: pathlib.Path) -> dict[str, Measured]:
 
 def fit(measured: dict[str, Measured]) -> tuple[GpuProfile, Fitted]:
     """The profile that the fit starts from, and what it makes of it."""
-    base = load_profile("H100-SXM").at_release("0.25.1")
+    base = load_profile(POINTS.parent / "base.json")
     machine = Machine("NVIDIA H100 80GB HBM3", base.sm_count, base.memory_bytes, 3.352e12, TOP_CLOCK_HZ, 700.0)
     start = start_profile(base, machine, same_gpu=True)
     return start.profile, fit_points(start, points(), measured, TOP_CLOCK_HZ, "points")
@@ -121,20 +124,21 @@ def main() -> None:
     base, fitted = fit(measured)
     before = point_errors(compare(points(), measured, base, TOP_CLOCK_HZ))
     after = point_errors(fitted.compared)
-    print("points                n  time   power  of the shipped profile; time   power  of the calibrated one")
+    print("points                n  time   power  off with the base; time   power  off calibrated")
     for kind, text in before.items():
-        print(f"{kind:20s} {text}   {'':22s} {after[kind][5:]}")
-    print("\ncoefficient                                shipped  calibrated          std")
+        print(f"{kind:20s} {text}   {'':14s} {after[kind][5:]}")
+    print("\ncoefficient                                   base  calibrated          std")
     for name in fitted.fitted:
         old, new = base[name], fitted.profile.coefficients[name]
         if abs(new.value / old - 1) >= 0.005:
             print(f"{name:40s} {old:9.3g}   {new.value:9.3g}  {new.value / old - 1:+6.1%}  {new.std:5.1%}")
-    print("\nrecorded steps of vLLM           time, energy off: shipped          calibrated")
+    print("\nrecorded steps of vLLM   time, energy off:  base        calibrated           shipped")
+    profiles = base, fitted.profile, load_profile("H100-SXM").at_release("0.25.1")
     for name in RUNS:
-        old_errors, new_errors = step_errors(name, base), step_errors(name, fitted.profile)
-        for kind, (old_s, old_j) in old_errors.items():
-            new_s, new_j = new_errors[kind]
-            print(f"{name:20s} {kind:12s} {old_s:15.1%} {old_j:8.1%} {new_s:14.1%} {new_j:8.1%}")
+        errors = [step_errors(name, profile) for profile in profiles]
+        for kind in errors[0]:
+            cells = "   ".join(f"{time:7.1%} {energy:7.1%}" for time, energy in (each[kind] for each in errors))
+            print(f"{name:20s} {kind:12s}  {cells}")
     print_collectives()
 
 
