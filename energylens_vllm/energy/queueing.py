@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from energylens_vllm.energy.batch import Array, steps_of_mixtures
-from energylens_vllm.energy.serving import Lengths, Mixture, hits, mixture, samples
+from energylens_vllm.energy.serving import Lengths, hits, mixtures, samples
 from energylens_vllm.energy.station import Speed, arrivals, interpolated, log_weights, station
 from energylens_vllm.errors import EnergyLensError
 
@@ -118,12 +118,12 @@ def percentiles(values: Array) -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    """A data-parallel rank with n = 1 .. M requests; arrays of shape (M,), `mixtures` at `sizes` of them."""
+    """A data-parallel rank with n = 1 .. M requests; arrays of shape (M,), but for `sizes`."""
 
     speed: Speed
     step_variance: Array
     sizes: Array
-    mixtures: tuple[Mixture, ...]
+    decode_s: Array  #: between a request's tokens while no prompt starts, at `sizes`
     stages: int
 
     @classmethod
@@ -131,20 +131,21 @@ class _Rank:
         limit, stages = model.deployment.max_num_seqs, model.deployment.pipeline_parallel_size
         most = max(limit, stages)  # of an engine, spread over its stages
         sizes = np.unique(np.geomspace(stages, most, GRID).round())
-        mixtures = tuple(mixture(model, size / stages, lengths) for size in sizes)
-        step_s = np.array([m.between_ends_s(stages) for m in mixtures])
-        alone_s = np.array([m.mean(m.predicted.time_s) for m in mixtures])
-        completed = np.array([m.rate for m in mixtures]) / step_s
+        budget = np.full(len(sizes), model.deployment.max_num_batched_tokens, dtype=np.float64)
+        steps = mixtures(model, sizes / stages, budget, lengths)
+        time_s, step_s = steps.predicted.time_s, steps.between_ends_s(stages)
+        alone_s = steps.mean(time_s)
+        completed = steps.rate / step_s
         bubble_j = (step_s - alone_s) * model.idle_power_w / model.deployment.data_parallel_size
-        power_w = (np.array([m.mean(m.predicted.energy_j) for m in mixtures]) + bubble_j) / step_s
-        variance = np.array([m.mean(m.predicted.time_s**2) for m in mixtures]) - alone_s**2
+        power_w = (steps.mean(steps.predicted.energy_j) + bubble_j) / step_s
+        variance = steps.mean(time_s**2) - alone_s**2
         idle_w = model.idle_power_w / model.deployment.data_parallel_size
         token_s = stages * step_s
         return cls(
             speed=station(sizes, completed, power_w, token_s, token_s, idle_w),
             step_variance=stages * interpolated(most, sizes, np.maximum(variance, 1e-18)),
             sizes=sizes,
-            mixtures=mixtures,
+            decode_s=stages * time_s[steps.starting == 0],
             stages=stages,
         )
 
@@ -246,7 +247,7 @@ class _Draws:
         step_s = np.interp(n, sizes, rank.step_s)
         tokens = np.maximum(self.random.choice(outputs, len(n)), 2.0)
         spread = np.sqrt(np.interp(n, sizes, rank.step_variance) / tokens)
-        fastest = np.interp(n, rank.sizes, [m.predicted.time_s[0] * rank.stages for m in rank.mixtures])
+        fastest = np.interp(n, rank.sizes, rank.decode_s)
         return np.asarray(
             np.maximum(step_s + spread * self.random.standard_normal(len(n)), np.minimum(fastest, step_s))
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from energylens_vllm.energy.batch import Array, steps_of_mixtures
+from energylens_vllm.energy.batch import Array, Integers, steps_of_mixtures
 from energylens_vllm.energy.pipeline import longest
 from energylens_vllm.energy.speculative import Speculation, drafting
 from energylens_vllm.errors import EnergyLensError
@@ -60,49 +60,70 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
-    """The steps of a batch in steady state: with k = 0, 1, .. starting requests, and how often each occurs."""
+class Mixtures:
+    """The steps of B batches in steady state: with k = 0, 1, .. starting requests, and how often each occurs. Arrays are
+    of shape (S,), all batches' steps together, unless they say (B,)."""
 
-    weights: Array
+    weights: Array  #: of a step among its batch's
+    batch: Integers  #: which batch a step is of
+    starting: Array  #: prompts that start in it
     predicted: Predictions
-    rate: float  #: requests that start in a step
-    chunks: int  #: steps that a prompt takes
+    rate: Array  #: requests that start in a step, of shape (B,)
+    chunks: Array  #: steps that a prompt takes, of shape (B,)
 
-    def mean(self, values: Array) -> float:
-        """Over steps."""
-        return float((self.weights * values).sum())
+    def mean(self, values: Array) -> Array:
+        """Over the steps of each batch."""
+        return self._sum(self.weights * values)
 
-    def between_ends_s(self, stages: int) -> float:
+    def mean_of_starts(self, values: Array) -> Array:
+        """Over those steps of each batch in which a request starts."""
+        weights = self.weights * (self.starting > 0)
+        return self._sum(weights * values) / self._sum(weights)
+
+    def between_ends_s(self, stages: int) -> Array:
         """Seconds from one step's end to the next in a pipeline of `stages`."""
         if stages == 1:
             return self.mean(self.predicted.time_s)
-        one = np.zeros(len(self.weights), dtype=np.int64)
-        return float(longest(self.predicted.time_s, self.weights, one, 1, stages)[0])
+        return longest(self.predicted.time_s, self.weights, self.batch, len(self.rate), stages)
+
+    def _sum(self, values: Array) -> Array:
+        return np.asarray(np.bincount(self.batch, values, len(self.rate)), dtype=np.float64)
 
 
-def mixture(model: EnergyModel, batch: float, lengths: Lengths, drafts: Speculation | None = None) -> Mixture:
-    """Of `batch` requests in a data-parallel rank's step; with `drafts`, each decode verifies those of a request.
+def mixtures(
+    model: EnergyModel, batch: Array, budget: Array, lengths: Lengths, drafts: Speculation | None = None
+) -> Mixtures:
+    """Of `batch` requests in a data-parallel rank's step of at most `budget` tokens, both of shape (B,); with `drafts`,
+    each decode verifies those of a request. All steps are predicted at once.
 
-    Each takes c steps for its prompt (chunks of what the token budget leaves) and then one for each further token, so
-    r = n / (c + L - 1) requests start in a step. Their number in a step is Poisson.
+    Each request takes c steps for its prompt (chunks of what the token budget leaves) and then one for each further
+    token, so r = n / (c + L - 1) of them start in a step. Their number in a step is Poisson.
     """
-    budget = model.deployment.max_num_batched_tokens
     decoded, kept = (drafts.num_speculative_tokens + 1, drafts.tokens_per_step) if drafts else (1, 1.0)
-    uncached, room = lengths.uncached, max(budget - batch * decoded, 1.0)
-    chunks = math.ceil(uncached / room)
+    uncached, room = lengths.uncached, np.maximum(budget - batch * decoded, 1.0)
+    chunks = np.ceil(uncached / room)
     decodes = (lengths.output - 1) / kept  # steps that a request decodes in
-    rate = min(batch / (chunks + decodes), budget / (uncached + decodes * decoded))
-    starting = np.arange(math.ceil(rate + 5 * math.sqrt(rate)) + 2, dtype=np.float64)
-    weights = np.exp(starting * math.log(rate) - rate - np.array([math.lgamma(k + 1) for k in starting]))
-    weights /= weights.sum()
-    new = np.minimum(starting * uncached, room)
-    if (mean := float((weights * new).sum())) > 0:  # what the budget cuts off is computed in other steps
-        new = new * (rate * uncached / mean)
-    decoding = np.maximum(batch - rate * chunks, 0.0) * np.ones_like(starting)
+    rate = np.minimum(batch / (chunks + decodes), budget / (uncached + decodes * decoded))
+    most = np.ceil(rate + 5 * np.sqrt(rate)).astype(np.int64) + 2
+    of = np.repeat(np.arange(len(rate)), most)
+    starting = (np.arange(len(of)) - (np.cumsum(most) - most)[of]).astype(np.float64)
+    factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most.max(), dtype=np.float64)))])
+    weights = np.exp(starting * np.log(rate)[of] - rate[of] - factorial[starting.astype(np.int64)])
+    weights /= np.bincount(of, weights)[of]
+    new = np.minimum(starting * uncached, room[of])
+    mean = np.bincount(of, weights * new)  # what the budget cuts off is computed in other steps
+    new = new * np.divide(rate * uncached, mean, out=np.ones_like(mean), where=mean > 0)[of]
+    decoding = np.maximum(batch - rate * chunks, 0.0)[of]
     steps = steps_of_mixtures(
         decoding, lengths.context, starting, new, uncached, lengths.prompt - uncached, model.masks, decoded
     )  # fmt: skip
-    return Mixture(weights, model.predict(steps), rate, chunks)
+    return Mixtures(weights, of, starting, model.predict(steps), rate, chunks)
+
+
+def mixture(model: EnergyModel, batch: float, lengths: Lengths, drafts: Speculation | None = None) -> Mixtures:
+    """`mixtures` of one batch, with the deployment's token budget."""
+    budget = model.deployment.max_num_batched_tokens
+    return mixtures(model, np.array([batch], dtype=np.float64), np.array([budget], dtype=np.float64), lengths, drafts)
 
 
 def serve(
@@ -123,34 +144,87 @@ def serve(
     deployment = model.deployment
     ranks, in_flight = deployment.data_parallel_size, deployment.pipeline_parallel_size
     batch = min(concurrency / ranks, deployment.max_num_seqs) / in_flight
-    steps = mixture(model, batch, lengths, drafts)
+    budget = np.array([deployment.max_num_batched_tokens], dtype=np.float64)
+    found = steady(model, np.array([batch * in_flight]), budget, lengths, drafts)
+
+    def one(values: Array) -> float:
+        return float(values[0])
+
+    return ServingPrediction(
+        energy_per_output_token_j=one(found.token_j),
+        energy_per_request_j=one(found.token_j) * lengths.output,
+        power_w=one(found.power_w),
+        output_tokens_per_s=one(found.tokens_per_s),
+        inter_token_latency_s=one(found.tpot_s),
+        time_to_first_token_s=one(found.ttft_s),
+        step_time_s=one(found.step_s),
+        running=ranks * in_flight * batch,
+        prefill_energy_share=one(found.prefill_share),
+        interval_j=(one(found.low_j), one(found.high_j)),
+        flags=flags | (drafts.flags if drafts is not None else frozenset()),
+        bubble_share=one(found.bubble_share),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """N closed queues of one engine, means over time; every array has shape (N,). Energies and rates are of the whole
+    engine, all its data-parallel ranks together. The bounds are of the 90 % interval of `token_j`."""
+
+    token_j: Array  #: joules an output token
+    low_j: Array
+    high_j: Array
+    power_w: Array
+    tokens_per_s: Array  #: output tokens
+    tpot_s: Array  #: between tokens of a request
+    ttft_s: Array  #: of a request, from when it is scheduled first
+    step_s: Array
+    bubble_share: Array
+    prefill_share: Array  #: of the energy
+    components_j: dict[str, Array]  #: joules an output token, by what they are spent on; drafts' are not in it
+
+
+def steady(
+    model: EnergyModel, running: npt.ArrayLike, budget: npt.ArrayLike, lengths: Lengths,
+    drafts: Speculation | None = None,
+) -> Steady:  # fmt: skip
+    """Closed queues of `running` requests on each data-parallel rank, whose steps take at most `budget` tokens.
+
+    `running` (at least the pipeline's stages) and `budget` broadcast to shape (N,). Row i is what
+    `EnergyModel.serving` says of a deployment with `max_num_batched_tokens` budget[i] and a concurrency of running[i]
+    on each rank; one call of the step model evaluates all of them, which is what makes thousands of deployments cheap.
+    """
+    requests, budgets = np.broadcast_arrays(np.asarray(running, np.float64), np.asarray(budget, np.float64))
+    ranks, in_flight = model.deployment.data_parallel_size, model.deployment.pipeline_parallel_size
+    batch = requests / in_flight
+    steps = mixtures(model, batch, budgets, lengths, drafts)
     predicted = steps.predicted
     alone_s, step_s = steps.mean(predicted.time_s), steps.between_ends_s(in_flight)
     bubble_s = step_s - alone_s
     bubble_j = bubble_s * model.idle_power_w / ranks
     step_j = steps.mean(predicted.energy_j) + bubble_j
-    kept, draft_j = 1.0, 0.0
+    kept, draft_j = 1.0, np.zeros_like(step_j)
     if drafts is not None:
-        draft_s, draft_j = drafting(model, drafts, batch, lengths)
-        kept, step_s, step_j = drafts.tokens_per_step, step_s + draft_s, step_j + draft_j
-        flags |= drafts.flags
+        added = np.array([drafting(model, drafts, float(each), lengths) for each in batch])
+        draft_j = added[:, 1]
+        kept, step_s, step_j = drafts.tokens_per_step, step_s + added[:, 0], step_j + draft_j
     tokens = steps.rate * lengths.output  # generated in a step
-    low, high = ((steps.mean(bound) + draft_j + bubble_j) / tokens for bound in (predicted.low_j, predicted.high_j))
-    starts = steps.weights[1:] * predicted.time_s[1:]
-    first_s = float(starts.sum() / steps.weights[1:].sum()) * steps.chunks * in_flight
-    return ServingPrediction(
-        energy_per_output_token_j=step_j / tokens,
-        energy_per_request_j=step_j / steps.rate,
+    return Steady(
+        token_j=step_j / tokens,
+        low_j=(steps.mean(predicted.low_j) + draft_j + bubble_j) / tokens,
+        high_j=(steps.mean(predicted.high_j) + draft_j + bubble_j) / tokens,
         power_w=ranks * step_j / step_s,
-        output_tokens_per_s=ranks * tokens / step_s,
-        inter_token_latency_s=in_flight * step_s / kept,
-        time_to_first_token_s=first_s,
-        step_time_s=step_s,
-        running=ranks * in_flight * batch,
-        prefill_energy_share=steps.mean(predicted.phases["prefill"]) / step_j,
-        interval_j=(low, high),
-        flags=flags,
+        tokens_per_s=ranks * tokens / step_s,
+        tpot_s=in_flight * step_s / kept,
+        ttft_s=steps.mean_of_starts(predicted.time_s) * steps.chunks * in_flight,
+        step_s=step_s,
         bubble_share=bubble_s / step_s,
+        prefill_share=steps.mean(predicted.phases["prefill"]) / step_j,
+        components_j={
+            name: (steps.mean(joules) + (bubble_j if name == "static" else 0.0)) / tokens
+            for name, joules in predicted.components.items()
+            if joules.any()
+        },
     )
 
 

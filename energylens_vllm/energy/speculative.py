@@ -60,6 +60,6 @@ def drafting(model: EnergyModel, drafts: Speculation, batch: float, lengths: Len
     first, after = mixture(drafts.draft, batch, lengths, drafts), mixture(drafts.draft, batch, lengths)
     more = drafts.num_speculative_tokens - 1
     return (
-        first.mean(first.predicted.time_s) + more * float(after.predicted.time_s[0]),
-        first.mean(first.predicted.energy_j) + more * float(after.predicted.energy_j[0]),
+        float(first.mean(first.predicted.time_s)[0]) + more * float(after.predicted.time_s[0]),
+        float(first.mean(first.predicted.energy_j)[0]) + more * float(after.predicted.energy_j[0]),
     )
