@@ -5,7 +5,7 @@
 
 Each peer has an environment of its own (pip install aiconfigurator; pip install genz-llm). AIConfigurator is run once
 as its users run it, on the same model, GPUs, lengths and bounds; its own clock is taken, which leaves out its start.
-Its database is of vLLM 0.24 on H100. GenZ-LLM-Analyzer is called for decode steps of the same batches and context, ideal
+Its database is of vLLM 0.24 on H100. GenZ-LLM-Analyzer is called for decode steps of one context, ideal
 as it comes (`system_eff` 1), and timed without its start. Everything runs on one core.
 """
 
