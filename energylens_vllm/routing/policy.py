@@ -51,6 +51,8 @@ _INNER = _CONTEXTS[1:-1]  # the first and last cell also serve what lies outside
 _INNER_LIST = _INNER.tolist()
 _WIDTH = len(CONTEXTS) - 1
 _NAN, _LAST = math.nan, math.inf
+#: Requests that a typical prompt delays where the queue is as long as the target. Such queues outlast themselves.
+LATER = 30.0
 #: Replicas up to which plain Python is quicker than numpy.
 FEW = 24
 #: Of what all answers endure, the part that is counted on; the rest is kept for prompts that come in bursts.
@@ -415,7 +417,8 @@ def _rank_few(s: Snapshots, request: Request, config: Config) -> Ranking:
             least_j = added_j if added_j < least_j else least_j
         else:
             damage = max(first_s / most_ttft_s - 1, 0.0) + after * max(each_s / most_tpot_s - 1, 0.0)
-            damage += share * own_s / (typical * token_s) * before_s / (most_ttft_s + before_s)
+            late = before_s / most_ttft_s
+            damage += LATER * share * own_s / (typical * token_s) * late / (1 + late * late * late)
             state.append(INFEASIBLE)
             key.append(damage + max(over_kv / (kv_tokens * kv_kept), 0.0) + max(after / most - 1, 0.0) + risk)
     near_j, alone_s = least_j / (1 - config.hysteresis), s.fleet.alone_list
@@ -481,9 +484,11 @@ def _rank_many(s: Snapshots, request: Request, config: Config) -> Ranking:
     key = joules.copy()
     if state.any():
         # Damage counts each who misses: the request itself, and by time per token those that run there; and, against a
-        # typical prompt, how much its own delays those that come while it waits, which a cached prefix spares them.
+        # typical prompt, how much its own delays those that come while it waits, which a cached prefix spares them. That
+        # is most where the queue is about as long as the target: far beyond it they are late anyway.
         damage = np.maximum(over_ttft - 1, 0) + after * np.maximum(over_tpot - 1, 0) + np.maximum(over_kv - 1, 0)
-        damage += share * own_s / (typical * token_s) * before_s / (request.ttft_s * kept + before_s)
+        late = before_s / (request.ttft_s * kept)
+        damage += LATER * share * own_s / (typical * token_s) * late / (1 + late * late * late)
         damage += np.maximum(over_seqs - 1, 0) + risk
         turns = (np.arange(len(key)) - request.turn) % max(len(key), 1)
         key = np.select([state == FEASIBLE, state == INFEASIBLE, state == UNKNOWN], [joules, damage, turns], 0.0)
