@@ -484,7 +484,7 @@ def _rank_many(s: Snapshots, request: Request, config: Config) -> Ranking:
     key = joules.copy()
     if state.any():
         # Damage counts each who misses: the request itself, and by time per token those that run there; and, against a
-        # typical prompt, how much its own delays those that come while it waits, which a cached prefix spares them. That
+        # typical prompt, how much its own delays those that come while it waits. A cached prefix spares them that. It
         # is most where the queue is about as long as the target: far beyond it they are late anyway.
         damage = np.maximum(over_ttft - 1, 0) + after * np.maximum(over_tpot - 1, 0) + np.maximum(over_kv - 1, 0)
         late = before_s / (request.ttft_s * kept)
