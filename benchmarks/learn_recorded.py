@@ -8,7 +8,9 @@ of 5 s from the fourth minute on, of the profile alone; "learnt": the same of wh
 what had been learnt until then. "Inside": windows whose measured energy was inside the 90 % interval.
 
 A second table learns on what is not repeated: the steady windows of an H200's recording, decodes and prefills of one
-size each, and then predicts mixed load that it has not seen.
+size each, and then predicts mixed load that it has not seen. A third is as the first for two H100s, with tensor and
+expert parallelism; there the whole recordings are repeated, whose mixed load is short, and of what both GPUs drew
+together, which is what was recorded, each is taken to have half.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.calibrate.live import joined, live, read, readings_of, wmape
 from energylens_vllm.hardware import load_profile
 from energylens_vllm.hardware.profile import Coefficient, GpuProfile
+from energylens_vllm.meter import Reading
 from energylens_vllm.serving.pairing import Window
 
 DATA = pathlib.Path(__file__).parents[1] / "tests" / "data"
@@ -30,6 +33,12 @@ RUNS = (
     ("h200_vllm/qwen30b", "qwen3-30b-a3b", "H200-SXM"),
     ("h100_vllm/llama8b", "llama-3.1-8b", "H100-SXM"),
     ("h100_vllm/qwen30b", "qwen3-30b-a3b", "H100-SXM"),
+)
+TWO_GPUS = (
+    ("llama8b-tp2", "llama-3.1-8b", False),
+    ("qwen32b-tp2", "qwen3-32b", False),
+    ("qwen30b-tp2", "qwen3-30b-a3b", False),
+    ("qwen30b-ep2", "qwen3-30b-a3b", True),
 )
 RELEASE = "0.25.1"  #: of vLLM, that ran them
 #: How a profile may be off: factors on groups of its coefficients.
@@ -117,6 +126,32 @@ def unseen() -> Iterator[str]:
             )
 
 
+def on_two_gpus() -> Iterator[str]:
+    """Rows of the third."""
+    for recording, config, experts in TWO_GPUS:
+        run = read(DATA / f"h100_vllm/{recording}_steps.npz")
+        run = joined([run] * (1 + int(REPEATED_S // run.duration_s)))
+        readings = [half for reading in readings_of(run) for half in halves(reading)]
+        for name, factors in OFF.items():
+            deployment = Deployment(
+                gpu="H100-SXM", tensor_parallel_size=2, enable_expert_parallel=experts, vllm_release=RELEASE
+            )
+            model = EnergyModel(config, deployment, off(load_profile("H100-SXM"), factors))
+            windows = live(run.steps, readings, model).windows
+            after = [window for window in windows if window.start_s - readings[0].start_s >= LEARNING_S]
+            yield (
+                f"| {recording} | {name} | {wmape(after, corrected=False):.1%} | {wmape(after):.1%} "
+                f"| {inside(after):.0%} of {len(after)} | {half_width(after):.1%} |"
+            )
+
+
+def halves(reading: Reading) -> tuple[Reading, Reading]:
+    """Readings of two GPUs that draw the same."""
+    integrated_j = None if reading.integrated_j is None else reading.integrated_j / 2
+    half = replace(reading, energy_j=reading.energy_j / 2, integrated_j=integrated_j)
+    return half, replace(half, gpu="1")
+
+
 def main() -> None:
     print("| GPU | model | profile is off | profile | learnt | inside | interval +- | factors at the end |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -126,6 +161,11 @@ def main() -> None:
     print("| GPU | model | profile is off | windows before | profile | learnt | inside |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in unseen():
+        print(row, flush=True)
+    print()
+    print("| on two H100s | profile is off | profile | learnt | inside | interval +- |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in on_two_gpus():
         print(row, flush=True)
 
 

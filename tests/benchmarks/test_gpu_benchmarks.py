@@ -121,3 +121,28 @@ def test_all_of_it_on_vllms_cpu_build(tmp_path: Path) -> None:
     with np.load(out / "tiny.npz") as arrays:
         assert {"prefill_l512", "decode_b4_c32", "mix_r4"} <= set(arrays["phases"].tolist())
         assert (arrays["t2"] > arrays["t0"]).all()
+
+
+@pytest.mark.vllm
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_learning_with_a_real_server_on_vllms_cpu_build(tmp_path: Path) -> None:
+    """All of learn_gpu.py but for the shapes, the load and NVML; all that it checks holds, but that no GPU is predicted
+    well that is not there."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "pynvml.py").write_text(FAKE_NVML.read_text())
+    out = tmp_path / "out"
+    script = f"""
+        export PYTHONPATH={tmp_path}/fake TMPDIR={tmp_path}
+        source {ROOT}/benchmarks/gpu_setup.sh {tmp_path}/site
+        python3 {ROOT}/benchmarks/learn_gpu.py {out} --tiny --tp 1 > {tmp_path}/live.md
+        python3 {ROOT}/benchmarks/learn_gpu.py {out} --replay > {tmp_path}/replayed.md
+    """
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", script], check=True, cwd=tmp_path, env=environment)
+    result = json.loads((out / "result.json").read_text())
+    assert [check["what"] for check in result["checks"] if not check["holds"]] == []
+    assert len(result["checks"]) > 15
+    live, replayed = (tmp_path / "live.md").read_text(), (tmp_path / "replayed.md").read_text()
+    assert "| all +20 % |" in replayed
+    assert live.splitlines()[:6] == replayed.splitlines()[:6]

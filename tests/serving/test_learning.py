@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from energylens_vllm.serving.learning import BOUNDS, ENERGY, FIRST, TIME, Eviden
 from energylens_vllm.serving.learning_listener import SAVED_EACH_WINDOWS, Learning
 from energylens_vllm.serving.learnt_file import LearntFile
 from energylens_vllm.serving.pairing import Window
+from energylens_vllm.serving.predictor import ModelPredictor
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM", vllm_release="0.25.1"))
@@ -386,6 +388,40 @@ def test_a_counter_that_lies_alone_is_not_trusted_and_teaches_nothing() -> None:
     assert lived.learner is not None
     assert lived.learner.windows <= 3  # until power has shown it, after 10 s
     assert lived.learner.energy.std[MEMORY] > 0.05
+
+
+def test_a_meter_that_dies_leaves_what_was_learnt() -> None:
+    run = mixed("h200_vllm/llama8b", 200.0)
+    model, until_s = wrong("H200-SXM", static=1.2, memory=1.2, compute=1.2), 120.0
+    readings = [reading for reading in readings_of(run) if reading.end_s <= until_s]
+    while_it_lives = live(run.steps, readings, model)
+    assert while_it_lives.learner is not None
+    learner, before = while_it_lives.learner, while_it_lives.learner.to_json()
+    steps = [step for step in run.steps if step.start_s > until_s]
+    predictor = ModelPredictor(model)
+    predictor.learner = learner
+    predicted, plain = (each.predict([step.batch for step in steps]) for each in (predictor, ModelPredictor(model)))
+    assert learner.to_json() == before
+    measured_j = float(np.interp(steps[-1].end_s, *run.counter.T) - np.interp(steps[0].start_s, *run.counter.T))
+    assert predicted.energy_j.sum() == pytest.approx(measured_j, rel=0.03)
+    assert plain.energy_j.sum() > 1.1 * measured_j
+
+
+def test_two_gpus_teach_one_set_of_factors() -> None:
+    """What was recorded is the sum of both; each is taken to have half."""
+    run = read(DATA / "h100_vllm/qwen30b-ep2_steps.npz")
+    run = joined([run] * 7)
+    readings = [
+        replace(reading, gpu=gpu, energy_j=reading.energy_j / 2) for reading in readings_of(run) for gpu in ("0", "1")
+    ]
+    deployment = Deployment(gpu="H100-SXM", tensor_parallel_size=2, enable_expert_parallel=True, vllm_release="0.25.1")
+    lived = live(run.steps, readings, EnergyModel("qwen3-30b-a3b", deployment))
+    assert sum(w.measured_j for w in lived.windows) == pytest.approx(sum(r.energy_j for r in readings), rel=0.05)
+    after = [window for window in lived.windows if window.start_s - run.counter[0, 0] >= 180.0]
+    assert len(after) > 5
+    assert wmape(after) <= 0.03
+    assert lived.learner is not None
+    assert lived.learner.energy.std[COMMUNICATION] < math.sqrt(lived.learner.energy.prior[COMMUNICATION])
 
 
 # -- kept over restarts -------------------------------------------------------------------------------------------

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from energylens_vllm.calibrate import recording as recordings
+from energylens_vllm.calibrate.live import live, read, readings_of
 from energylens_vllm.calibrate.recording import Recording, load
 from energylens_vllm.calibrate.replay import replay
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.meter import Reading
-from energylens_vllm.meter.track import Track
 from energylens_vllm.serving import pairing as pairing_module
 from energylens_vllm.serving.batch import Batch
 from energylens_vllm.serving.increments import Increments
 from energylens_vllm.serving.metrics import COMPONENTS
 from energylens_vllm.serving.observer import Step
 from energylens_vllm.serving.pairing import Pairing, Window
-from energylens_vllm.serving.predictor import ModelPredictor, Predictions
+from energylens_vllm.serving.predictor import Predictions
 
 DATA = Path(__file__).parents[1] / "data"
 IDLE_W = 100.0
@@ -207,47 +207,6 @@ def test_a_pause_is_the_same_as_in_recordings() -> None:
 # -- recorded steps, in the time in which they were recorded -----------------------------------------------------------
 
 
-def replayed(name: str, model: EnergyModel, window_s: float) -> tuple[Recording, list[Reading], list[Window]]:
-    """Send a recording's power, counter and steps through the meter's track and the pairing, second by second."""
-    path = DATA / f"{name}_steps.npz"
-    recorded, power = load(path), np.load(path)["pw"]
-    track, predictor, increments, now_s = Track("0", "gpu"), ModelPredictor(model), Increments(), [0.0]
-    windows: list[Window] = []
-    readings: list[Reading] = []
-    pairing = Pairing(1, model.idle_power_w, lambda: now_s[0], window_s)
-    pairing.listeners.append(windows.append)
-
-    ran = np.flatnonzero((np.diff(recorded.offsets) > 0) & np.isfinite(recorded.end_s))
-    steps: list[Step] = []
-    last_end_s = float("-inf")
-    for i in ran.tolist():
-        new, computed = zip(*recorded.requests(i), strict=True)
-        end_s = float(recorded.end_s[i])
-        steps.append(Step(batch(new, computed), max(float(recorded.start_s[i]), last_end_s), end_s))
-        last_end_s = end_s
-    events = [(s, 0, watts / 1e3) for s, watts in power.tolist()] + [(s, 1, j) for s, j in recorded.counter.tolist()]
-    events.sort()
-    event = step = 0
-    while event < len(events):
-        now_s[0] = events[event][0] + 1.0
-        while event < len(events) and events[event][0] <= now_s[0]:
-            at_s, is_counter, value = events[event]
-            if not is_counter:
-                track.add_power(at_s, value)
-            elif (reading := track.add_counter(at_s, value)) is not None:
-                readings.append(reading)
-                pairing.add([reading])
-            event += 1
-        first = step
-        while step < len(steps) and steps[step].end_s <= now_s[0]:
-            step += 1
-        ended = steps[first:step]
-        if step < len(steps):  # the one that runs now
-            now_s[0] = min(now_s[0], max(steps[step].start_s, steps[step - 1].end_s if step else 0.0))
-        pairing(ended, predictor.predict([s.batch for s in ended]) if ended else None, increments)
-    return recorded, readings, windows
-
-
 def joined(recorded: Recording, windows: Sequence[Window]) -> dict[str, tuple[float, float]]:
     """(predicted, measured) joules of each of the recording's phases, from the small windows inside its windows."""
     starts = np.array([w.start_s for w in windows])
@@ -271,7 +230,9 @@ def joined(recorded: Recording, windows: Sequence[Window]) -> dict[str, tuple[fl
 )
 def test_on_recorded_steps_it_says_what_replay_says(name: str, config: str) -> None:
     model = EnergyModel(config, Deployment(gpu="H200-SXM"))
-    recorded, readings, windows = replayed(name, model, window_s=0.0)
+    recorded, run = load(DATA / f"{name}_steps.npz"), read(DATA / f"{name}_steps.npz")
+    readings = readings_of(run)
+    windows = live(run.steps, readings, model, learn=False, window_s=0.0).windows
     assert all(reading.trusted for reading in readings)  # counter and power agree on a real GPU
 
     by_phase = joined(recorded, windows)
