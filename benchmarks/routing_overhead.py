@@ -113,8 +113,10 @@ def litellm() -> Iterator[Policies]:
             log = folder / f"{policy}.log"
             stack.enter_context(running(command, log, ready, 600, PYTHONPATH=package(folder), **environment))
             policies[policy] = posts(port, {"Authorization": f"Bearer {key}"})
-        policies["energy"]()
-        time.sleep(5)  # until replicas are known
+        for _ in range(10):  # until replicas are known
+            for ask in policies.values():
+                ask()
+            time.sleep(1)
         yield policies
 
 
@@ -147,7 +149,10 @@ def haproxy() -> Iterator[Policies]:
             ready = f"http://127.0.0.1:{port}/v1/models"
             stack.enter_context(running(program, folder / f"{policy}.log", ready))
             policies[policy] = posts(port)
-        time.sleep(5)  # until weights are set
+        for _ in range(5):  # until weights are set
+            for ask in policies.values():
+                ask()
+            time.sleep(1)
         yield policies
 
 
