@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
@@ -111,6 +111,14 @@ class Collectives:
     def time_s(self, op: str, message_bytes: npt.ArrayLike, size: int, backend: str = "vllm") -> CollectiveTime:
         """Time of one launch of `op` among `size` GPUs, as the GPU sees it inside a CUDA graph."""
         return self.curve(op, size, backend)(message_bytes)
+
+    def unmeasured_std(self, kernels: Iterable[Kernel]) -> float:
+        """Relative standard deviation of the least known of the kernels' collectives that no measurement covers whatever
+        their message: other numbers of GPUs, or another system. 0 if there is none. What a pipeline stage sends to the
+        next is a sliver of a step, and left out."""
+        shapes = {each.collective for each in kernels if each.collective is not None and each.collective.axis != "pp"}
+        curves = [self.curve(shape.op, shape.size) for shape in shapes if shape.size > 1]
+        return max((float(curve.relative_std[0]) for curve in curves if curve.extrapolated.all()), default=0.0)
 
     def energy_j(self, timed: CollectiveTime) -> CollectiveEnergy:
         """Joules on each participating GPU: the SMs that drive it over its time, and the bytes sent over the links.

@@ -22,7 +22,7 @@ from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.deployment import Deployment
 from energylens_vllm.energy.expert_exchange import EXCHANGE_STD, ExpertExchanges
 from energylens_vllm.energy.factors import Factors
-from energylens_vllm.energy.interval import Uncertainty
+from energylens_vllm.energy.interval import COMMUNICATION_STD, Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
 from energylens_vllm.energy.overlap import OVERLAP_STD, DualBatch, DualBatchStep, Overlap, StagedStep
 from energylens_vllm.energy.precision import format_of, kernel_format, widths
@@ -157,6 +157,11 @@ class EnergyModel:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
         if self._exchanges:
             self._uncertainty = self._uncertainty.wider("all2all_not_measured", EXCHANGE_STD)
+        std = self._collectives.unmeasured_std(kernels)
+        #: how much less sure communication is than where it was measured
+        self._less_sure = max(std / COMMUNICATION_STD, 1.0)
+        if std:
+            self._uncertainty = self._uncertainty.wider("extrapolated", 0.0)
         self.flags = self._uncertainty.flags
         self.factors = Factors()  #: on what the profile says of this very GPU
 
@@ -289,7 +294,8 @@ class EnergyModel:
         # Static power is shared as the rest is: a step in which prefill did most of the work is mostly prefill's.
         prefill = np.where(steps.decode_tokens > 0, share, 1.0) * energy_j
         communication_s = np.max([stage.communication_s for stage in stages], axis=0)
-        relative_s, relative_j = self._uncertainty.relative(steps, communication_s / np.maximum(time_s, 1e-12))
+        communicating = self._less_sure * communication_s / np.maximum(time_s, 1e-12)
+        relative_s, relative_j = self._uncertainty.relative(steps, communicating)
         return Predictions(
             time_s=time_s,
             gpu_s=gpu_s + stages[0].serial_s,

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.einsum.kernel import CollectiveShape, Kernel
+from energylens_vllm.energy.batch import steps_from_requests
 from energylens_vllm.energy.collectives import OPERATIONS, Collectives, reached
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware.interconnect import INTERCONNECTS, known_interconnects, load_interconnect, parse
@@ -266,3 +268,20 @@ def test_a_profile_with_a_field_missing_is_refused() -> None:
     raw["fits"]["one_shot"]["paths"][0]["wire"] = "ringg"
     with pytest.raises(EnergyLensError, match=r"wire of path one_shot.*did you mean 'ring'"):
         parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "outside"), [("H100-SXM", 8, False), ("H100-SXM", 16, True), ("L40S", 2, True), ("L40S", 1, False)]
+)
+def test_steps_with_collectives_that_nobody_measured_say_so(gpu: str, ranks: int, outside: bool) -> None:
+    model = EnergyModel("llama-3.1-70b", Deployment(gpu=gpu, tensor_parallel_size=ranks))
+    assert ("extrapolated" in model.flags) == outside
+
+
+def test_intervals_are_wider_where_collectives_are_extrapolated() -> None:
+    model = EnergyModel("llama-3.1-70b", Deployment(gpu="H100-SXM", tensor_parallel_size=16))
+    step = model.predict(steps_from_requests([(1, 1000)] * 64, model.masks))
+    curve = Collectives.load("H100-SXM").curve("all_reduce", 16)
+    share = step.communication_s / step.time_s
+    assert np.all(step.high_s / step.time_s - 1 > 1.645 * curve.relative_std[0] * share)
+    assert share > 0.3
