@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -42,7 +43,7 @@ from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.hardware import GpuProfile, known_gpus, load_profile
 from energylens_vllm.serving.start import gpu_of
 
-#: How much longer than the fastest budget: what idle, memory and one GEMM take.
+#: What idle states, memory and a launch take: less would leave nothing to fit.
 SHORTEST_BUDGET_S = 20.0
 
 
@@ -104,13 +105,17 @@ def run_points(args: argparse.Namespace, index: int) -> int:
         )
     header = {
         "gpu": facts.name, "uuid": facts.uuid, "driver": facts.driver, "limit_w": facts.limit_w,
-        "energylens": __version__, "torch": _version("torch"), "vllm": _version("vllm"),
+        "energylens": __version__, "torch": _version("torch"), "vllm": _version("vllm"), "points": _digest(),
     }  # fmt: skip
     machine = Cuda(device, index)
     log = Log(out.with_suffix(".points.jsonl"), header, args.resume)
     if log.measured:
         _say(f"goes on with {len(log.measured)} points of an earlier run in {log.path}; --no-resume measures all anew")
-    outcome = measure(machine, points(), log, args.budget, _Bar())
+    try:
+        outcome = measure(machine, points(), log, args.budget, _Bar())
+    except KeyboardInterrupt:
+        _say(f"\ninterrupted; {len(log.measured)} points are in {log.path}, and the same command goes on from there")
+        return 130
     fitted = _fit(base, same_gpu, device, machine, log, header)
     _write(out, fitted, log, outcome, header | {"base": base.name}, facts.top_clock_hz)
     print(summary(fitted, outcome))
@@ -151,6 +156,8 @@ def _write(out: Path, fitted: Fitted, log: Log, outcome: Outcome, about: dict[st
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     about = {**about, "date": now, "seconds": round(outcome.elapsed_s, 1), "top_clock_hz": top_clock_hz}
     profile = replace(fitted.profile, calibration=report(fitted, log.measured, outcome.skipped, about))
+    if out.is_file():  # what --collectives measured before stays
+        profile = replace(profile, interconnect=load_profile(out).interconnect)
     write_atomically(out, json.dumps(profile.to_json(), indent=1) + "\n")
 
 
@@ -232,6 +239,11 @@ def _out(given: Path | None, gpu_name: str) -> Path:
     if out.suffix != ".json":
         raise CalibrationError(f"--out: {str(out)!r} does not end in .json; that tells a profile's path from a name")
     return out
+
+
+def _digest() -> str:
+    """Of what is measured, so that points of another version's kernels are not taken for these."""
+    return hashlib.sha256(repr(points()).encode()).hexdigest()[:16]
 
 
 def _source(what: str, driver: str) -> str:

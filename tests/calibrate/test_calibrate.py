@@ -20,6 +20,7 @@ from energylens_vllm.calibrate.measured import Log, Measured
 from energylens_vllm.calibrate.points import Point, expected, operating_clock, points
 from energylens_vllm.calibrate.profile_fit import Machine, fit_points, start_profile
 from energylens_vllm.calibrate.solve import least_squares
+from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware import GpuProfile, load_profile
 from energylens_vllm.meter import MigRefused, NoMeter
@@ -344,6 +345,23 @@ def test_a_second_run_measures_nothing_again(gpu: SimulatedGpu, capsys: pytest.C
     assert f"goes on with {count} points" in capsys.readouterr().err
     assert cli.main(["calibrate", "--out", "mine.json", "--no-resume"]) == 0
     assert len(gpu.loaded) == 2 * count
+
+
+def test_ctrl_c_says_how_to_go_on(gpu: SimulatedGpu, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.interrupt_at = 7
+    assert cli.main(["calibrate", "--out", "mine.json"]) == 130
+    assert "interrupted; 7 points are in mine.points.jsonl" in capsys.readouterr().err
+    assert not Path("mine.json").exists()
+    gpu.interrupt_at = None
+    assert cli.main(["calibrate", "--out", "mine.json"]) == 0
+    assert len(gpu.loaded) == len(points())
+
+
+def test_an_interconnect_measured_before_stays(gpu: SimulatedGpu) -> None:
+    node = Collectives.load("H100-SXM").interconnect.to_json()
+    Path("mine.json").write_text(json.dumps(replace(BASE, interconnect=node).to_json()))
+    assert cli.main(["calibrate", "--out", "mine.json", "--budget", "60s"]) == 0
+    assert load_profile("mine.json").interconnect["name"] == "H100-SXM"
 
 
 def test_what_is_not_measured_is_in_the_profile(gpu: SimulatedGpu, capsys: pytest.CaptureFixture[str]) -> None:
