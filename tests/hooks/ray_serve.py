@@ -165,8 +165,8 @@ def cluster(
         log.close()
 
 
-#: Serve's log goes to files; nothing is told to Ray's makers.
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_DEDUP_LOGS": "0"}
+#: Serve's log goes to files; nothing is told to Ray's makers; workers are not starved by whatever else runs (15).
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_worker_niceness": "5"}
 
 
 def _wait_for(process: subprocess.Popen[str], word: str) -> bool:
