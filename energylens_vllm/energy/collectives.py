@@ -113,9 +113,9 @@ class Collectives:
         return self.curve(op, size, backend)(message_bytes)
 
     def unmeasured_std(self, kernels: Iterable[Kernel]) -> float:
-        """Relative standard deviation of the least known of the kernels' collectives that no measurement covers whatever
-        their message: other numbers of GPUs, or another system. 0 if there is none. What a pipeline stage sends to the
-        next is a sliver of a step, and left out."""
+        """Relative standard deviation of the least known of the kernels' collectives that nobody measured with any
+        message: other numbers of GPUs, or another system. 0 if there is none. What pipeline stages send is a sliver of
+        a step, and left out."""
         shapes = {each.collective for each in kernels if each.collective is not None and each.collective.axis != "pp"}
         curves = [self.curve(shape.op, shape.size) for shape in shapes if shape.size > 1]
         return max((float(curve.relative_std[0]) for curve in curves if curve.extrapolated.all()), default=0.0)
