@@ -65,8 +65,15 @@ class Ranks:
         s.mean_context[:] = [tokens / n if n else 0.0 for n, tokens in zip(held, used, strict=True)]
         cached = np.array([BLOCK_TOKENS * self._prefixes.matched(name, blocks) for name in self._names], dtype=float)
         request = Request(
-            tokens, output, cached, self._ttft_s, self._tpot_s, typical_prompt_tokens=typical, previous=self._previous
-        )  # fmt: skip
+            tokens,
+            output,
+            cached,
+            self._ttft_s,
+            self._tpot_s,
+            typical_prompt_tokens=typical,
+            short_output=self._expected.short,
+            previous=self._previous,
+        )
         ranking = rank(s, request)
         best = ranking.best
         if ranking.fallback or best is None:
