@@ -46,8 +46,8 @@ or replace the argument by a URL. Alerts are explained in [runbook.md](runbook.m
 ## Previews
 
 Drawn by `tools/previews/render.sh` with Grafana's own components over two recorded runs of an H200. They are no
-screenshots of Grafana, whose frame, tables and heatmaps look otherwise; vLLM's latencies in them are step durations of
-the recordings.
+screenshots of Grafana, whose frame, tables and heatmaps look otherwise. vLLM's latencies in them are step durations of
+the recordings; experts are chosen evenly; and the router's requests are made up, their ranking is not.
 
 | | |
 | --- | --- |

@@ -18,16 +18,14 @@ fi
 npx esbuild app.jsx --bundle --outfile=app.js --jsx=automatic --log-level=error \
     --define:process.env.NODE_ENV='"production"' --define:global=window \
     --loader:.ttf=dataurl --loader:.woff=dataurl --loader:.woff2=dataurl --loader:.svg=dataurl
-while read -r uid height; do
+for uid in overview accuracy parallelism fleet; do
+    rows=$(node -p "Math.max(...require('$here/../../dashboards/grafana/energylens-$uid.json').panels.map(
+        ({ gridPos }) => gridPos.y + gridPos.h))")
     cat >page.html <<PAGE
 <!doctype html><meta charset="utf-8"><link rel="stylesheet" href="app.css">
 <body style="margin:0"><div id="root"></div><script>window.UID = "energylens-$uid"</script><script src="app.js"></script>
 PAGE
     chromium --headless=new --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
-        --window-size="1500,$height" --virtual-time-budget=8000 --screenshot="$out/$uid.png" "file://$work/page.html"
-done <<SIZES
-overview 1700
-accuracy 2010
-parallelism 1370
-fleet 1200
-SIZES
+        --window-size="1500,$((rows * 34 + 40))" --virtual-time-budget=8000 --screenshot="$out/$uid.png" \
+        "file://$work/page.html"
+done
