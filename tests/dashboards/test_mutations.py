@@ -42,6 +42,12 @@ MUTATIONS = {
         '"energylens_bias_ratio",\n        "counter"',
         "energylens_bias_ratio is a counter, it is used as a gauge",
     ),
+    "a router's metric": (
+        "energylens_routing_saved_joules_total",
+        "energylens_routing_spared_joules_total",
+        "'energylens_routing_saved_joules_total' is not exported",
+    ),
+    "a router's label": ('("reason", REASONS)', '("why", REASONS)', "has no label 'reason'"),
     "a metric that no panel shows": (
         "METER = (",
         'METER = (\n    Metric("energylens_new_total", "counter", "", "New."),',
@@ -82,7 +88,8 @@ def test_unchanged_it_passes_and_it_is_the_copy_that_is_checked(tree: Path) -> N
 def test_a_change_is_noticed(tree: Path, what: str) -> None:
     old, new, complaint = MUTATIONS[what]
     changed = {}
-    for path in sorted((tree / "energylens_vllm" / "serving").glob("*.py")):
+    package = tree / "energylens_vllm"
+    for path in (*sorted((package / "serving").glob("*.py")), package / "routing" / "decisions.py"):
         text = path.read_text()
         if old in text:
             changed[path] = text
