@@ -51,7 +51,8 @@ _INNER = _CONTEXTS[1:-1]  # the first and last cell also serve what lies outside
 _INNER_LIST = _INNER.tolist()
 _WIDTH = len(CONTEXTS) - 1
 _NAN, _LAST = math.nan, math.inf
-#: Requests that a typical prompt delays where the queue is as long as the target. Such queues outlast themselves.
+#: Requests that a cached prefix spares its time where the queue is as long as the target: such queues outlast
+#: themselves, and those who come meet them, too.
 LATER = 30.0
 #: Replicas up to which plain Python is quicker than numpy.
 FEW = 24
@@ -418,7 +419,9 @@ def _rank_few(s: Snapshots, request: Request, config: Config) -> Ranking:
         else:
             damage = max(first_s / most_ttft_s - 1, 0.0) + after * max(each_s / most_tpot_s - 1, 0.0)
             late = before_s / most_ttft_s
-            damage += LATER * share * own_s / (typical * token_s) * late / (1 + late * late * late)
+            damage += share * own_s / (typical * token_s) * late / (1 + late)
+            saved_s = (hit if hit < prompt else prompt) * prefill_s * factor
+            damage -= LATER * share * saved_s / (typical * token_s) * late / (1 + late * late * late)
             state.append(INFEASIBLE)
             key.append(damage + max(over_kv / (kv_tokens * kv_kept), 0.0) + max(after / most - 1, 0.0) + risk)
     near_j, alone_s = least_j / (1 - config.hysteresis), s.fleet.alone_list
@@ -434,7 +437,8 @@ def _rank_many(s: Snapshots, request: Request, config: Config) -> Ranking:
     """All replicas at once in numpy."""
     fleet = s.fleet
     output, least, spread, typical, own, target_s = _constants(request)
-    uncached = np.maximum(request.prompt_tokens - np.asarray(request.cached_tokens, dtype=np.float64), 1.0)
+    cached = np.asarray(request.cached_tokens, dtype=np.float64)
+    uncached = np.maximum(request.prompt_tokens - cached, 1.0)
     if request.phase == "decode":
         uncached = np.zeros(len(fleet))
     # NaN compares false, so what is not known is not taken for known.
@@ -484,11 +488,13 @@ def _rank_many(s: Snapshots, request: Request, config: Config) -> Ranking:
     key = joules.copy()
     if state.any():
         # Damage counts each who misses: the request itself, and by time per token those that run there; and, against a
-        # typical prompt, how much its own delays those that come while it waits. A cached prefix spares them that. It
-        # is most where the queue is about as long as the target: far beyond it they are late anyway.
+        # typical prompt, those that come while it waits and are delayed by its own, less what a cached prefix spares
+        # them. That is most where the queue is about as long as the target: far beyond it they are late anyway.
         damage = np.maximum(over_ttft - 1, 0) + after * np.maximum(over_tpot - 1, 0) + np.maximum(over_kv - 1, 0)
         late = before_s / (request.ttft_s * kept)
-        damage += LATER * share * own_s / (typical * token_s) * late / (1 + late * late * late)
+        damage += share * own_s / (typical * token_s) * late / (1 + late)
+        saved_s = np.minimum(cached, request.prompt_tokens) * fleet.prefill_s * s.time_factor
+        damage -= LATER * share * saved_s / (typical * token_s) * late / (1 + late * late * late)
         damage += np.maximum(over_seqs - 1, 0) + risk
         turns = (np.arange(len(key)) - request.turn) % max(len(key), 1)
         key = np.select([state == FEASIBLE, state == INFEASIBLE, state == UNKNOWN], [joules, damage, turns], 0.0)
