@@ -162,14 +162,14 @@ def steps_of_mixtures(
     context: float,
     starting: Array,
     new: Array,
-    uncached: float,
+    uncached: Array | float,
     cached: float,
     masks: Sequence[Mask],
     decoded: float = 1.0,
 ) -> Steps:
     """Steps that each hold `decoding` requests of `context` tokens, `decoded` of them new (more than one with drafts to
     verify), and prefill `new` tokens of `starting` prompts, each of `uncached` tokens after `cached` ones. Arrays of
-    shape (N,), fractions allowed."""
+    shape (N,), fractions allowed; `uncached` may be one number for all."""
     attention = []
     prompts = new / uncached
     for mask in masks:

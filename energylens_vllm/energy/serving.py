@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
 #: Share of prompt tokens that prefix caching spares in chat traffic, where earlier turns have been served before.
 #: Source: fitted with the H100 and B200 profiles on the chat runs of the ML.ENERGY Benchmark v3 (benchmarks/).
-CHAT_HIT_RATE = 0.5
+CHAT_HIT_RATE = 0.6
+#: Standard deviation of the logarithm of what a chat prompt leaves to compute: most bring a sentence, some a document.
+#: Source: times between tokens of those runs, of which a step in ten waits for 80 tokens of prompts and one in a
+#: hundred for 1,300, at a mean of 270 (dense models, 128 requests).
+CHAT_SPREAD = 1.7
+#: Steps with prompts of such lengths are taken apart at these quantiles of what they compute.
+SPREAD_QUANTILES = (0.0, 0.5, 0.8, 0.95, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +56,17 @@ class Lengths:
     uncached: float  #: of the prompt, tokens that the prefix cache does not spare
     output: float
     context: float
+    spread: float = 0.0  #: standard deviation of the logarithm of `uncached` among prompts
 
     @classmethod
-    def of(cls, prompts: Array, outputs: Array, hit_rate: float, context: float | None = None) -> Lengths:
+    def of(
+        cls, prompts: Array, outputs: Array, hit_rate: float, context: float | None = None, spread: float = 0.0
+    ) -> Lengths:
         """Of samples. A request that generates L tokens is met during its decode in proportion to L, half-way through
         on average."""
         prompt, output = float(prompts.mean()), float(outputs.mean())
         met = prompt + float((outputs**2).mean() / (2 * output))
-        return cls(prompt, prompt * (1 - hit_rate), output, context or met)
+        return cls(prompt, prompt * (1 - hit_rate), output, context or met, spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +120,17 @@ def mixtures(
     factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most.max(), dtype=np.float64)))])
     weights = np.exp(starting * np.log(rate)[of] - rate[of] - factorial[starting.astype(np.int64)])
     weights /= np.bincount(of, weights)[of]
-    new = np.minimum(starting * uncached, room[of])
+    parts, busy = (len(SPREAD_QUANTILES) - 1 if lengths.spread else 1), starting > 0
+    if parts > 1:  # in the order of `spread_lengths`
+        of = np.concatenate([of[~busy], np.tile(of[busy], parts)])
+    starting, weights, new = spread_lengths(starting, weights, uncached, lengths.spread)
+    each = np.divide(new, starting, out=np.full_like(new, uncached), where=starting > 0)
+    new = np.minimum(new, room[of])
     mean = np.bincount(of, weights * new)  # what the budget cuts off is computed in other steps
     new = new * np.divide(rate * uncached, mean, out=np.ones_like(mean), where=mean > 0)[of]
     decoding = np.maximum(batch - rate * chunks, 0.0)[of]
     steps = steps_of_mixtures(
-        decoding, lengths.context, starting, new, uncached, lengths.prompt - uncached, model.masks, decoded
+        decoding, lengths.context, starting, new, each, lengths.prompt - uncached, model.masks, decoded
     )  # fmt: skip
     return Mixtures(weights, of, starting, model.predict(steps), rate, chunks)
 
@@ -124,6 +139,32 @@ def mixture(model: EnergyModel, batch: float, lengths: Lengths, drafts: Speculat
     """`mixtures` of one batch, with the deployment's token budget."""
     budget = model.deployment.max_num_batched_tokens
     return mixtures(model, np.array([batch], dtype=np.float64), np.array([budget], dtype=np.float64), lengths, drafts)
+
+
+def spread_lengths(starting: Array, weights: Array, mean: float, spread: float) -> tuple[Array, Array, Array]:
+    """Steps by the number of starting prompts, with their weights, taken apart by the tokens that those prompts bring.
+
+    Lengths are lognormal. Their sum over a step's prompts is taken for lognormal too, with the sum's mean and variance
+    (Fenton and Wilkinson), and stands for itself by the mean between each two of `SPREAD_QUANTILES`. Returns starting
+    prompts, weights and tokens.
+    """
+    if not spread:
+        return starting, weights, starting * mean
+    busy = starting > 0
+    count = starting[busy]
+    sigma = np.sqrt(np.log1p(np.expm1(spread**2) / count))
+    normal = NormalDist()
+    cuts = [normal.inv_cdf(q) for q in SPREAD_QUANTILES[1:-1]]
+    # Of a lognormal, the values below its quantile z hold the share Phi(z - sigma) of the mean.
+    below = [np.zeros_like(sigma), *(np.vectorize(normal.cdf)(cut - sigma) for cut in cuts), np.ones_like(sigma)]
+    part = np.diff(SPREAD_QUANTILES)
+    tokens = [(high - low) / share * count * mean for low, high, share in zip(below, below[1:], part, strict=False)]
+    none = ~busy
+    return (
+        np.concatenate([starting[none], np.tile(count, len(part))]),
+        np.concatenate([weights[none], *(share * weights[busy] for share in part)]),
+        np.concatenate([np.zeros(none.sum()), *tokens]),
+    )
 
 
 def serve(
@@ -140,7 +181,8 @@ def serve(
     if not (isinstance(concurrency, int | float) and math.isfinite(concurrency) and concurrency > 0):
         raise EnergyLensError(f"concurrency: {concurrency!r} is not a positive number of requests")
     hit_rate, flags = hits(model, prefix_cache_hit_rate)
-    lengths = Lengths.of(prompts, outputs, hit_rate, mean_context_tokens)
+    spread = CHAT_SPREAD if prefix_cache_hit_rate is None else 0.0
+    lengths = Lengths.of(prompts, outputs, hit_rate, mean_context_tokens, spread)
     deployment = model.deployment
     ranks, in_flight = deployment.data_parallel_size, deployment.pipeline_parallel_size
     batch = min(concurrency / ranks, deployment.max_num_seqs) / in_flight

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from energylens_vllm import Deployment, EnergyLensError, EnergyModel
+from energylens_vllm.energy.serving import CHAT_HIT_RATE, spread_lengths
 
 MODEL = EnergyModel("llama-3.1-8b")
 
@@ -109,3 +110,30 @@ def test_what_cannot_be_is_refused(given: dict[str, object], message: str) -> No
     arguments: dict[str, object] = {"concurrency": 8, "prompt_tokens": 100, "output_tokens": 100}
     with pytest.raises(EnergyLensError, match=message):
         MODEL.serving(**(arguments | given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 1.7])
+def test_lengths_taken_apart_keep_weights_tokens_and_prompts(spread: float) -> None:
+    starting, weights = np.arange(6.0), np.array([0.3, 0.3, 0.2, 0.1, 0.06, 0.04])
+    counts, shares, tokens = spread_lengths(starting, weights, 270.0, spread)
+    assert shares.sum() == pytest.approx(1)
+    assert shares @ counts == pytest.approx(weights @ starting)
+    assert shares @ tokens == pytest.approx(270 * weights @ starting)
+    assert np.all(tokens[counts == 0] == 0)
+
+
+def test_parts_of_lengths_are_the_means_of_a_lognormal() -> None:
+    draws = np.sort(np.random.default_rng(0).lognormal(-(1.2**2) / 2, 1.2, 400_000))
+    _, shares, tokens = spread_lengths(np.array([1.0]), np.array([1.0]), 1.0, 1.2)
+    parts = np.split(draws, [200_000, 320_000, 380_000])
+    assert shares == pytest.approx([0.5, 0.3, 0.15, 0.05])
+    assert tokens == pytest.approx([part.mean() for part in parts], rel=0.03)
+
+
+def test_short_prompts_of_chat_ride_along_in_graphs() -> None:
+    """As many tokens in a few long prompts push fewer steps beyond the largest graph than in prompts of one length."""
+    model = EnergyModel("qwen3-30b-a3b")
+    chat = model.serving(256, 700, 900)
+    even = model.serving(256, 700, 900, prefix_cache_hit_rate=CHAT_HIT_RATE)
+    assert chat.inter_token_latency_s < even.inter_token_latency_s
+    assert chat.energy_per_output_token_j == pytest.approx(even.energy_per_output_token_j, rel=0.1)
