@@ -2,24 +2,30 @@
 
     python benchmarks/accuracy.py                            # recorded steps, shipped profiles
     python benchmarks/accuracy.py DATA OPERATIONS            # and held out; arguments as fit_profiles.py's
-    python benchmarks/accuracy.py DATA OPERATIONS --serving  # and each series of serving runs held out: half an hour
+    python benchmarks/accuracy.py DATA OPERATIONS --single   # series of serving runs on one GPU held out as well
+    python benchmarks/accuracy.py DATA OPERATIONS --json F   # and keep every held-out error in F, for accuracy_plots.py
 
 Errors are means of |predicted / measured - 1|. Steady windows are back-to-back prefills and decodes of one batch; mixed
-load is scored over all of a run's mixed windows together, idle time included.
+load is scored over all of a run's mixed windows together, idle time included. "Inside" is the share of windows, or
+rows, whose measured value lies in the shipped profile's 90 % interval around the prediction.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from fit_profiles import (
     RUNS,
     Row,
     Run,
+    cascade,
     held_out_rows,
     held_out_runs,
     mlenergy_rows,
@@ -30,9 +36,10 @@ from fit_profiles import (
     with_kernels_of,
 )
 
+from energylens_vllm import EnergyModel
 from energylens_vllm.cli.table import percent, table
 from energylens_vllm.energy.batch import Array
-from energylens_vllm.hardware.profile import load_profile
+from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
 
 def mape(log_errors: Array) -> float:
@@ -40,8 +47,46 @@ def mape(log_errors: Array) -> float:
     return float(np.abs(np.expm1(log_errors)).mean()) if len(log_errors) else float("nan")
 
 
+def bias(log_errors: Array) -> float:
+    return float(np.expm1(log_errors).mean()) if len(log_errors) else float("nan")
+
+
 def steady(run: Run) -> Array:
     return np.array([name.startswith(("decode", "prefill")) for name in run.windows_scored])
+
+
+class Held(NamedTuple):
+    """Errors of what was held out, as logarithms of predicted over measured, and half-widths of 90 % intervals as
+    logarithms too; all of one shape (N,)."""
+
+    times: Array
+    energies: Array
+    time_widths: Array
+    energy_widths: Array
+
+    @property
+    def inside(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Whether time and energy lie in their intervals."""
+        return np.abs(self.times) <= self.time_widths, np.abs(self.energies) <= self.energy_widths
+
+
+def run_widths(run: Run, profile: GpuProfile) -> tuple[Array, Array]:
+    predicted = run.windows.predict(run.energy_model(profile))
+    times, energies = np.log(predicted.high_s / predicted.busy_s), np.log(predicted.high_j / predicted.energy_j)
+    return times[run.scored], energies[run.scored]
+
+
+def row_widths(rows: Sequence[Row], profile: GpuProfile) -> Array:
+    """Of energy alone: serving estimates have no interval of time."""
+    models: dict[Any, EnergyModel] = {}
+    widths = []
+    for row in rows:
+        key = (row.model, row.deployment)
+        if key not in models:
+            models[key] = EnergyModel(cascade(row.model), row.deployment, profile)
+        load = models[key].serving(row.concurrency, row.prompt, row.output, row.context)
+        widths.append(np.log(load.interval_j[1] / load.energy_per_output_token_j))
+    return np.array(widths)
 
 
 def recorded() -> None:
@@ -51,85 +96,119 @@ def recorded() -> None:
         profile = load_profile(gpu)
         for run in (Run(gpu, name) for name in names):
             time_error, energy_error = run.errors(profile)
-            model = run.energy_model(profile)
-            predicted, windows, scored = run.windows.predict(model), run.windows, run.scored
-            inside = [
-                ((low <= measured) & (measured <= high))[scored].mean()
-                for low, measured, high in (
-                    (predicted.low_j, windows.energy_j, predicted.high_j),
-                    (predicted.low_s, windows.busy_s, predicted.high_s),
-                )
-            ]
+            predicted, windows, scored = run.windows.predict(run.energy_model(profile)), run.windows, run.scored
+            held = Held(time_error, energy_error, *run_widths(run, profile))
             mixed = scored.copy()
             mixed[scored] = ~steady(run)
             whole = predicted.energy_j[mixed].sum() / windows.energy_j[mixed].sum() - 1 if mixed.any() else float("nan")
             kept = steady(run)
+            time_inside, energy_inside = (inside.mean() for inside in held.inside)
             rows.append(
                 [
                     gpu, run.name, "yes" if run.fitted else "no", str(kept.sum()), percent(mape(energy_error[kept])),
                     percent(mape(time_error[kept])), percent(whole, signed=True),
-                    percent(inside[0]), percent(inside[1]),
+                    percent(energy_inside), percent(time_inside),
                 ]
             )  # fmt: skip
     headers = ["GPU", "run", "fitted", "steady windows", "energy", "time", "mixed, energy", "J inside", "s inside"]
     print("Recorded steps, shipped profiles:\n" + table(headers, rows, left=3) + "\n")
 
 
-def held_out(operations: pathlib.Path) -> None:
+def held_out(operations: pathlib.Path) -> dict[str, dict[str, Held]]:
     """Each model predicted from a fit on the recorded steps of the others on the same GPU."""
+    found: dict[str, dict[str, Held]] = {}
     rows = []
     for gpu in RUNS:
-        runs = recorded_runs(gpu)
-        for run, (time_error, energy_error) in zip(
-            runs, held_out_runs(prior(gpu, operations), runs).values(), strict=True
-        ):
-            kept = steady(run)
-            rows.append([
-                gpu, run.name, percent(mape(energy_error[kept])), percent(mape(time_error[kept])),
-                percent(mape(energy_error[~kept])), percent(mape(time_error[~kept])),
-            ])  # fmt: skip
-    headers = ["GPU", "run", "steady: energy", "time", "mixed: energy", "time"]
+        runs, profile = recorded_runs(gpu), load_profile(gpu).at_release("0.25.1")
+        errors = held_out_runs(prior(gpu, operations), runs, profile)
+        found[gpu] = {run.name: Held(*errors[run.name], *run_widths(run, profile)) for run in runs}
+        for run in runs:
+            rows.append([gpu, run.name, *_held_line(found[gpu][run.name], steady(run))])
+        kinds: dict[str, list[tuple[Held, Array]]] = {}
+        for run in runs:
+            kind = "eager" if run.deployment.enforce_eager else "experts" if run.experts else "dense"
+            kinds.setdefault(kind, []).append((found[gpu][run.name], steady(run)))
+        for kind, parts in kinds.items():
+            together = Held(*(np.concatenate(column) for column in zip(*(held for held, _ in parts), strict=True)))
+            rows.append([gpu, f"all: {kind}", *_held_line(together, np.concatenate([kept for _, kept in parts]))])
+    headers = ["GPU", "run", "steady: energy", "time", "mixed: energy", "time", "J inside", "s inside"]
     print("Recorded steps, the model held out of the fit:\n" + table(headers, rows, left=2) + "\n")
+    return found
 
 
-def serving(title: str, rows: Sequence[Row], errors: Mapping[str, tuple[Array, Array]]) -> None:
-    """Errors of serving runs by series, and of rows on several GPUs together."""
-    lines = [
-        [series, str(len(times)), percent(mape(energies)), percent(float(np.expm1(energies).mean()), signed=True),
-         percent(mape(times))]
-        for series, (times, energies) in errors.items()
+def _held_line(held: Held, kept: Array) -> list[str]:
+    time_inside, energy_inside = held.inside
+    return [
+        percent(mape(held.energies[kept])), percent(mape(held.times[kept])),
+        percent(mape(held.energies[~kept])), percent(mape(held.times[~kept])),
+        percent(energy_inside.mean()), percent(time_inside.mean()),
     ]  # fmt: skip
+
+
+def serving(title: str, rows: Sequence[Row], errors: Mapping[str, Held]) -> None:
+    """Errors of serving runs by series, and of rows on several GPUs together."""
     several = {row.series for row in rows if row.gpus > 1}
-    for name, chosen in (("all", set(errors)), ("on several GPUs", several)):
-        times, energies = (np.concatenate([errors[series][i] for series in errors if series in chosen]) for i in (0, 1))
-        lines.append([name, str(len(times)), percent(mape(energies)), "", percent(mape(times))])
-    print(f"{title}:\n" + table(["series", "rows", "energy per token", "bias", "time per token"], lines) + "\n")
+    lines = []
+    for name in (*errors, "all", "on several GPUs"):
+        chosen = {"all": set(errors), "on several GPUs": several & set(errors)}.get(name, {name})
+        if parts := [errors[series] for series in errors if series in chosen]:
+            held = Held(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+            lines.append(
+                [name, str(len(held.times)), percent(mape(held.energies)), percent(bias(held.energies), signed=True),
+                 percent(mape(held.times)), percent(held.inside[1].mean())]
+            )  # fmt: skip
+    headers = ["series", "rows", "energy per token", "bias", "time per token", "J inside"]
+    print(f"{title}:\n" + table(headers, lines) + "\n")
 
 
-def by_series(rows: Sequence[Row], times: Array, energies: Array) -> dict[str, tuple[Array, Array]]:
+def by_series(rows: Sequence[Row], errors: tuple[Array, Array], widths: Array) -> dict[str, Held]:
     series = np.array([row.series for row in rows])
-    return {str(name): (times[series == name], energies[series == name]) for name in dict.fromkeys(series)}
+    none = np.full(len(rows), np.inf)
+    parts = (*errors, none, widths)
+    return {str(name): Held(*(part[series == name] for part in parts)) for name in dict.fromkeys(series)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=pathlib.Path)
     parser.add_argument("operations", nargs="?", type=pathlib.Path)
-    parser.add_argument("--serving", action="store_true", help="hold each series of serving runs out (slow)")
+    parser.add_argument("--single", action="store_true", help="hold out series of serving runs on one GPU as well")
+    parser.add_argument("--json", type=pathlib.Path, help="file for every held-out error")
     args = parser.parse_args()
     recorded()
     if args.data is None:
         return
-    held_out(args.operations)
-    for gpu in ("H100-SXM", "B200-SXM"):
-        rows = mlenergy_rows(args.data, gpu)
-        serving(f"{gpu}, serving runs, shipped profile", rows, by_series(rows, *row_errors(rows, load_profile(gpu))))
-        if args.serving:
-            start = replace(start_from(load_profile("H200-SXM"), gpu, args.operations), vllm_release="0.11.1")
-            start = with_kernels_of(
-                start, load_profile("B200-SXM" if gpu == "H100-SXM" else "H100-SXM"), args.operations
-            )
-            serving(f"{gpu}, serving runs, the series held out of the fit", rows, held_out_rows(start, rows))
+    kept: dict[str, dict[str, Held]] = held_out(args.operations)
+    everything: list[Row] = []
+    missed: dict[str, Held] = {}
+    starts = {"H100-SXM": ("H100-SXM", "B200-SXM"), "B200-SXM": ("H200-SXM", "H100-SXM")}
+    for gpu, (known, other) in starts.items():
+        profile, rows = load_profile(gpu), mlenergy_rows(args.data, gpu)
+        widths = row_widths(rows, profile)
+        serving(f"{gpu}, serving runs, shipped profile", rows, by_series(rows, row_errors(rows, profile), widths))
+        steps = load_profile(known).at_release("0.25.1")
+        start = replace(start_from(steps, gpu, args.operations), vllm_release="0.11.1")
+        start = with_kernels_of(start, load_profile(other), args.operations)
+        for series, errors in held_out_rows(start, rows, profile, several=not args.single).items():
+            chosen = np.array([row.series == series for row in rows])
+            none = np.full(chosen.sum(), np.inf)
+            missed[series] = Held(*errors, none, widths[chosen])
+        everything += rows
+    serving("Serving runs, the series held out of the fit", everything, missed)
+    if args.json:
+        kept["serving"] = missed
+        args.json.write_text(json.dumps(_plain(kept), indent=1) + "\n")
+
+
+def _plain(found: Mapping[str, Mapping[str, Held]]) -> dict[str, Any]:
+    """For JSON: logarithms of predicted over measured, rounded."""
+    return {
+        group: {
+            name: {"time": held.times.round(4).tolist(), "energy": held.energies.round(4).tolist()}
+            for name, held in runs.items()
+        }
+        for group, runs in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import argparse
 import csv
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.architectures import build, load_config
 from energylens_vllm.architectures import quantization as quantization_of
-from energylens_vllm.calibrate.fit import fit
+from energylens_vllm.calibrate.fit import fit, weigh_groups
 from energylens_vllm.calibrate.recording import load
 from energylens_vllm.calibrate.windows import measured_windows
 from energylens_vllm.einsum import Cascade
@@ -37,7 +38,7 @@ from energylens_vllm.hardware.profile import PROFILES, Coefficient, GpuProfile
 RECORDINGS = pathlib.Path(__file__).parents[1] / "tests" / "data"
 #: GPU -> recording -> the model and what `Deployment` needs to know, of runs of vLLM 0.25.1 with random weights.
 #: In the two runs "collapsed", random weights made all tokens choose the same experts (docs/accuracy.md); they are not
-#: fitted, and not scored under mixed load, in which vLLM compiled kernels for new sizes all the time.
+#: fitted.
 RUNS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "H200-SXM": {"llama8b": ("llama-3.1-8b", {}), "qwen30b": ("qwen3-30b-a3b", {})},
     "H100-SXM": {
@@ -48,8 +49,28 @@ RUNS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "llama8b-fp8": ("llama-3.1-8b", {"quantization": "fp8"}),
         "qwen30b-fp8": ("qwen3-30b-a3b", {"quantization": "fp8", "expert_routing": "collapsed"}),
         "gptoss20b": ("gpt-oss-20b", {"expert_routing": "collapsed"}),
+        "llama8b-steady": ("llama-3.1-8b", {}),
+        "qwen32b": ("qwen3-32b", {}),
+        "qwen30b-routed": ("qwen3-30b-a3b", {}),
+        "qwen30b-fp8-routed": ("qwen3-30b-a3b", {"quantization": "fp8"}),
+        "gptoss20b-routed": ("gpt-oss-20b", {}),
+        "llama8b-tp2": ("llama-3.1-8b", {"tensor_parallel_size": 2}),
+        "qwen32b-tp2": ("qwen3-32b", {"tensor_parallel_size": 2}),
+        "qwen30b-tp2": ("qwen3-30b-a3b", {"tensor_parallel_size": 2}),
+        "qwen30b-ep2": ("qwen3-30b-a3b", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
     },
 }
+#: Recordings that were not made on the first GPU of their kind, and on which (tests/data/README.md).
+UNITS = {
+    "llama8b-steady": "second", "qwen32b": "second", "qwen30b-routed": "second", "qwen30b-fp8-routed": "second",
+    "gptoss20b-routed": "third",
+    "llama8b-tp2": "pair", "qwen32b-tp2": "pair", "qwen30b-tp2": "pair", "qwen30b-ep2": "pair",
+}  # fmt: skip
+#: Under mixed load vLLM compiled kernels for new sizes all the time.
+COMPILED = ("qwen30b-fp8", "gptoss20b", "gptoss20b-routed")
+#: Relative std of the joules of one GPU of a kind from another's. Of H100s: recorded bytes cost 8 to 9 % less on the
+#: second than on the first; serving runs of one cell on two nodes took 14 % more watts on one, at 4 % less time.
+UNIT_STD = 0.06
 
 # -- what is known beforehand -------------------------------------------------------------------------------------
 
@@ -108,6 +129,7 @@ GUESSES = {
     "host.sequence_s": (30e-6, 0.5, "s", "host time of a decoding request"),
     "host.prompt_s": (0.4e-3, 0.5, "s", "host time of a request in prefill: input preparation, sampling, output"),
     "host.launch_s": (48e-6, 0.5, "s", "host time to launch a kernel outside CUDA graphs"),
+    "host.engine_share": (0.7, 0.3, "1", "of a step's and its requests' time, the engine's: the rest is the worker's"),
     "host.attention_s": (0.2e-3, 0.5, "s", "host time of an attention call outside full CUDA graphs"),
     "host.experts_s": (0.48e-3, 0.5, "s", "host time of an expert GEMM outside CUDA graphs"),
     "host.serial_s": (1e-3, 0.5, "s", "host time between steps without asynchronous scheduling"),
@@ -119,6 +141,7 @@ STD = {
     "time.uncalibrated_gpu": 0.08, "energy.uncalibrated_gpu": 0.15,
     "time.uncalibrated_format": 0.06, "energy.uncalibrated_format": 0.08,
     "time.extrapolated": 0.10, "energy.extrapolated": 0.10,
+    "time.eager_host": 0.1, "energy.eager_host": 0.1,
     "time.data_parallel_assumed_even": 0.05, "energy.data_parallel_assumed_even": 0.05,
 }  # fmt: skip
 
@@ -198,19 +221,38 @@ FREE_EXPERTS = {
     "experts.bfloat16.launch_s": 0.5, "experts.bfloat16.tile_s": 0.5, "experts.bfloat16.sm_load_bytes_per_s": 0.3,
     "experts.padding_energy_share": 0.7, "host.experts_s": 0.5,
 }  # fmt: skip
+FREE_PARALLEL = {"host.engine_share": 0.3}
 FREE_FORMATS = {
     "linear.fp8.memory_efficiency": 0.1, "linear.fp8.compute_efficiency": 0.15, "linear.fp8.launch_s": 0.3,
     "linear.fp8.quantize_passes": 0.5, "linear.fp8.dispatch_s": 0.5, "energy.fp8.j_per_flop": 0.3,
 }  # fmt: skip
 
 
+#: Experts in 8 bits and in mxfp4 (Marlin).
+FREE_EXPERT_FORMATS = {
+    "fp8": {
+        "experts.fp8.memory_efficiency": 0.2, "experts.fp8.compute_efficiency": 0.2, "experts.fp8.launch_s": 0.5,
+        "experts.fp8.quantize_passes": 0.5, "experts.fp8.sm_load_bytes_per_s": 0.3,
+    },
+    "mxfp4": {
+        "experts.mxfp4.memory_efficiency": 0.2, "experts.mxfp4.compute_efficiency": 0.2, "experts.mxfp4.launch_s": 0.5,
+        "energy.mxfp4.j_per_flop": 0.3,
+    },
+}  # fmt: skip
+
+
 def free_coefficients(runs: Sequence[Run]) -> dict[str, float]:
     """What these runs can tell of."""
     free = dict(FREE)
-    if any(kernel.experts for run in runs for kernel in cascade(run.model).kernels()):
+    if any(run.experts for run in runs):
         free |= FREE_EXPERTS
     if any(run.deployment.quantization == "fp8" for run in runs):
         free |= FREE_FORMATS
+    for form, coefficients in FREE_EXPERT_FORMATS.items():
+        if any(run.deployment.quantization == form and run.experts for run in runs):
+            free |= coefficients
+    if any(run.deployment.tensor_parallel_size > 1 for run in runs):
+        free |= FREE_PARALLEL
     return free
 
 
@@ -229,9 +271,12 @@ class Run:
         )  # fmt: skip
         # Not EnergyModel's masks: the profile may not be made yet.
         masks = [kernel.attention.mask for kernel in cascade(self.model).kernels() if kernel.attention]
-        self.windows = measured_windows(recording, list(dict.fromkeys(masks)))
+        self.windows = measured_windows(recording, list(dict.fromkeys(masks)), most_steps=60)
+        self.unit = UNITS.get(name, "first")
+        self.experts = any(kernel.experts for kernel in cascade(self.model).kernels())
         self.fitted = self.deployment.expert_routing != "collapsed"
-        self.scored = np.array([self.fitted or not name.startswith("mix") for name in self.windows.names])
+        steady = np.array([not window.startswith("mix") for window in self.windows.names])
+        self.scored = steady if name in COMPILED else np.ones_like(steady)
 
     def energy_model(self, profile: GpuProfile) -> EnergyModel:
         return EnergyModel(cascade(self.model), self.deployment, profile)
@@ -248,13 +293,21 @@ class Run:
         return [name for name, scored in zip(self.windows.names, self.scored, strict=True) if scored]
 
 
-def fit_steps(profile: GpuProfile, runs: Sequence[Run]) -> GpuProfile:
+def fit_steps(profile: GpuProfile, runs: Sequence[Run], near: GpuProfile | None = None) -> GpuProfile:
     names = ", ".join(run.name for run in runs)
+    units = [run.unit for run in runs for _ in run.windows_scored]
+    unit_std = UNIT_STD if len(set(units)) > 1 else 0.0  # one GPU is all that is known of its kind
+
+    def residuals(trial: GpuProfile) -> Array:
+        times, energies = (np.concatenate(errors) for errors in zip(*(run.errors(trial) for run in runs), strict=True))
+        return np.concatenate([times, weigh_groups(energies, units, unit_std)])
+
     return fit(
         profile,
         free_coefficients(runs),
-        lambda trial: np.concatenate([error for run in runs for error in run.errors(trial)]),
-        f"fitted on recorded steps of vLLM 0.25.1 on one {profile.name} ({names}), tests/data",
+        residuals,
+        f"fitted on recorded steps of vLLM 0.25.1 on {profile.name} ({names}), tests/data",
+        near,
     )
 
 
@@ -262,7 +315,7 @@ def fit_steps(profile: GpuProfile, runs: Sequence[Run]) -> GpuProfile:
 
 MLENERGY_MODELS = {
     "3.1-70B": "llama-3.1-70b", "3.1-8B": "llama-3.1-8b", "Qwen3-8B": "qwen3-8b", "Qwen3-14B": "qwen3-14b",
-    "Qwen3-32B": "qwen3-32b", "235B": "qwen3-235b-a22b", "30B-A3B": "qwen3-30b-a3b",
+    "Qwen3-32B": "qwen3-32b", "235B": "qwen3-235b-a22b", "30B-A3B": "qwen3-30b-a3b", "Llama-4-Scout": "llama-4-scout",
 }  # fmt: skip
 MLENERGY_PROMPT = {"gpqa": 220, "lm-arena-chat": 700}
 #: What serving runs can tell: kernels and energies of their GPU, their hosts, and experts in blocks of fp8. Not static
@@ -274,8 +327,8 @@ MLENERGY_FREE = {
     "host.serial_s": 0.7, "host.serial_request_s": 0.7, "host.launch_s": 0.5, "host.attention_s": 0.5,
     "host.experts_s": 0.5, "host.prompt_s": 0.5,
     "experts.bfloat16.memory_efficiency": 0.1, "experts.bfloat16.compute_efficiency": 0.2,
-    "experts.bfloat16.launch_s": 0.5, "experts.padding_energy_share": 1.0, "experts.fp8.memory_efficiency": 0.3,
-    "experts.fp8.compute_efficiency": 0.3, "energy.fp8.j_per_flop": 0.3,
+    "experts.bfloat16.launch_s": 0.5, "experts.bfloat16.sm_load_bytes_per_s": 0.3, "experts.padding_energy_share": 0.5,
+    "experts.fp8.compute_efficiency": 0.3, "experts.fp8.sm_load_bytes_per_s": 0.3, "energy.fp8.j_per_flop": 0.2,
 }  # fmt: skip
 
 
@@ -344,21 +397,18 @@ def row_errors(rows: Sequence[Row], profile: GpuProfile) -> tuple[Array, Array]:
     return times, energies
 
 
-def fit_serving(profile: GpuProfile, rows: Sequence[Row], runs: Sequence[Run] = ()) -> GpuProfile:
-    """Fit rows, and recorded steps of the same GPU together with them."""
+def fit_serving(profile: GpuProfile, rows: Sequence[Row], near: GpuProfile | None = None) -> GpuProfile:
+    """Fit steady serving runs."""
     source = (
         "fitted on serving runs of the ML.ENERGY Benchmark v3 (Chung et al., NeurIPS 2025 D&B, arXiv 2505.06371; "
         f"Apache-2.0), vLLM 0.11.1, {len(rows)} rows"
     )
-    if runs:
-        source += f", and recorded steps of vLLM 0.25.1 on one {profile.name}, tests/data"
     return fit(
         profile,
-        (free_coefficients(runs) if runs else {}) | MLENERGY_FREE,
-        lambda trial: np.concatenate(
-            [*row_errors(rows, trial), *(error for run in runs for error in run.errors(trial))]
-        ),
+        MLENERGY_FREE,
+        lambda trial: np.concatenate(row_errors(rows, trial)),
         source,
+        near,
     )
 
 
@@ -369,20 +419,30 @@ TRANSFERRED = (
     "energy.memory_core_share", "energy.bfloat16.j_per_flop", "energy.attention.j_per_flop", "power.voltage_floor",
     "power.limit_share", "experts.padding_energy_share", "attention.decode.tile_rows", "elementwise.launch_s",
     "host.step_s", "host.sequence_s", "host.prompt_s", "host.launch_s", "host.attention_s", "host.experts_s",
+    "host.engine_share",
 )  # fmt: skip
-#: Kernels in 8 bits that were recorded on the H100 and have no table of the H200, with the same SMs.
-HOPPER_FP8 = tuple(FREE_FORMATS)
+#: Kernels in other formats were recorded on the H100 alone; the H200 has the same SMs.
+HOPPER_FORMATS = tuple(
+    name for free in (FREE_FORMATS, *FREE_EXPERT_FORMATS.values()) for name in free if not name.startswith("energy.")
+)
+#: Formats whose joules a FLOP those recordings give.
+MEASURED_FORMATS = ("fp8", "mxfp4")
 
 
-#: Kernels that vLLM 0.11.1 had in another state than the release of the tables.
-RELEASE_KERNELS = ("experts.fp8.memory_efficiency", "experts.fp8.compute_efficiency")
+#: A kernel of vLLM 0.11.1 that the tables do not have: DeepGEMM's over the contiguous layout.
+RELEASE_KERNEL = "experts.fp8.compute_efficiency"
 #: Kernels that the measured steps of every calibrated GPU ran.
 MEASURED = ("linear.bfloat16", "experts.bfloat16")
+MEASURED_ON_HOPPER = (*MEASURED, "linear.fp8", "experts.fp8", "experts.mxfp4")
+
+
+#: Of one held-out window or run: whether its network has experts, its phase, and errors of time and energy.
+Missed = tuple[bool, str, Array, Array]
 
 
 def half_width_std(errors: Array) -> float:
     """The relative std of a normal distribution of which 90 % lies within what 90 % of the errors do."""
-    return round(max(float(np.quantile(np.abs(errors), 0.9)) / 1.645, 0.015), 4)
+    return round(max(float(np.expm1(np.quantile(np.abs(errors), 0.9))) / 1.645, 0.015), 4)
 
 
 def recorded_runs(gpu: str) -> list[Run]:
@@ -390,34 +450,65 @@ def recorded_runs(gpu: str) -> list[Run]:
     return [run for run in (Run(gpu, name) for name in RUNS[gpu]) if run.fitted]
 
 
-def held_out_runs(start: GpuProfile, runs: Sequence[Run]) -> dict[str, tuple[Array, Array]]:
-    """(time, energy) errors of each run, predicted from a fit on the runs of other models."""
-    fits = {
-        model: fit_steps(start, [run for run in runs if run.model != model]) for model in {run.model for run in runs}
-    }
+def held_out_runs(start: GpuProfile, runs: Sequence[Run], near: GpuProfile) -> dict[str, tuple[Array, Array]]:
+    """(time, energy) errors of each run, predicted from a fit on the runs of other models. `near`: the fit on all, from
+    where the search for the others' optimum starts; priors are `start`'s."""
+    models = list(dict.fromkeys(run.model for run in runs))
+    with ProcessPoolExecutor() as pool:
+        others = ([run for run in runs if run.model != model] for model in models)
+        fits = dict(zip(models, pool.map(partial(fit_steps, start, near=near), others), strict=True))
     return {run.name: run.errors(fits[run.model]) for run in runs}
 
 
-def held_out_rows(start: GpuProfile, rows: Sequence[Row]) -> dict[str, tuple[Array, Array]]:
-    """(time, energy) errors of each series of rows, predicted from a fit on the other series."""
-    found = {}
-    for series in dict.fromkeys(row.series for row in rows):
-        rest = [row for row in rows if row.series != series]
-        found[series] = row_errors([row for row in rows if row.series == series], fit_serving(start, rest))
-    return found
+def held_out_rows(
+    start: GpuProfile, rows: Sequence[Row], near: GpuProfile, several: bool = False
+) -> dict[str, tuple[Array, Array]]:
+    """(time, energy) errors of each series of rows (`several`: on several GPUs), predicted from a fit on the others;
+    `near` as in `held_out_runs`."""
+    names = list(dict.fromkeys(row.series for row in rows if row.gpus > 1 or not several))
+    with ProcessPoolExecutor() as pool:
+        rest = ([row for row in rows if row.series != name] for name in names)
+        fits = list(pool.map(partial(fit_serving, start, near=near), rest))
+    return {
+        name: row_errors([row for row in rows if row.series == name], fitted)
+        for name, fitted in zip(names, fits, strict=True)
+    }
 
 
-def spread(start: GpuProfile, runs: Sequence[Run]) -> dict[str, float]:
-    """Relative stds by quantity, kind of network and phase, of what fits miss on models that they have not seen."""
+def spread(errors: Iterable[Missed]) -> dict[str, float]:
+    """Relative stds by quantity, kind of network and phase, of what fits miss on models that they have not seen:
+    whether it has experts, the phase or "" for mixed ones, and the errors of time and energy."""
     collected: dict[str, list[float]] = {}
-    for run, errors in zip(runs, held_out_runs(start, runs).values(), strict=True):
-        kind = "experts" if any(kernel.experts for kernel in cascade(run.model).kernels()) else "dense"
-        for quantity, error in zip(("time", "energy"), errors, strict=True):
-            for window, value in zip(run.windows_scored, error, strict=True):
-                for phase in ("decode", "prefill"):
-                    if window.startswith(phase) or not window.startswith(("decode", "prefill")):
-                        collected.setdefault(f"{quantity}.{kind}.{phase}", []).append(value)
-    return {name: half_width_std(np.array(errors)) for name, errors in collected.items()}
+    for experts, phase, times, energies in errors:
+        for quantity, found in (("time", times), ("energy", energies)):
+            for name in [phase] if phase else ("decode", "prefill"):
+                key = f"{quantity}.{'experts' if experts else 'dense'}.{name}"
+                collected.setdefault(key, []).extend(found.tolist())
+    return {name: half_width_std(np.array(found)) for name, found in collected.items()}
+
+
+def missed_runs(runs: Sequence[Run], held_out: Mapping[str, tuple[Array, Array]]) -> Iterator[Missed]:
+    """Errors of recorded windows on models that were held out, for `spread`. Eager ones are told apart: how long Python
+    takes to launch kernels differs from machine to machine."""
+    for run in runs:
+        if run.deployment.enforce_eager:
+            continue
+        for window, time, energy in zip(run.windows_scored, *held_out[run.name], strict=True):
+            phase = next((phase for phase in ("decode", "prefill") if window.startswith(phase)), "")
+            yield run.experts, phase, np.array([time]), np.array([energy])
+
+
+def eager_std(runs: Sequence[Run], held_out: Mapping[str, tuple[Array, Array]]) -> dict[str, float]:
+    """Stds of eager runs, on top of what others have."""
+    errors = [held_out[run.name] for run in runs if run.deployment.enforce_eager]
+    times, energies = (np.concatenate(parts) for parts in zip(*errors, strict=True))
+    return {"time.eager_host": half_width_std(times), "energy.eager_host": half_width_std(energies)}
+
+
+def missed_rows(held_out: Mapping[str, tuple[Array, Array]]) -> Iterator[Missed]:
+    """The same of serving runs, whose series were held out."""
+    for series, errors in held_out.items():
+        yield "-a" in series.split()[2] or "scout" in series, "", *errors
 
 
 def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuProfile]:
@@ -427,13 +518,16 @@ def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuP
     0.25.1 were taken on another H100, and what they gave counts for releases nearer to 0.25.1.
     """
     tables, runs = prior("H100-SXM", operations), recorded_runs("H100-SXM")
-    steps = scale_formats(fit_steps(tables, runs), "fitted on this GPU", fitted=["fp8"])
-    start = start_from(steps, "H100-SXM", operations)
-    fitted = fit_serving(replace(start, vllm_release="0.11.1"), mlenergy_rows(data, "H100-SXM"))
+    steps = scale_formats(fit_steps(tables, runs), "fitted on this GPU", MEASURED_FORMATS)
+    start = replace(start_from(steps, "H100-SXM", operations), vllm_release="0.11.1")
+    rows = mlenergy_rows(data, "H100-SXM")
+    fitted = fit_serving(start, rows)
+    held_out = held_out_runs(tables, runs, steps)
+    missed = (*missed_runs(runs, held_out), *missed_rows(held_out_rows(start, rows, fitted)))
     moved = {name: c for name, c in steps.coefficients.items() if c != fitted.coefficients[name]}
     profile = replace(
         fitted, by_release={"0.25.1": moved}, calibrated=True,
-        calibrated_formats=(*MEASURED, "linear.fp8", "experts.fp8"), std=STD | spread(tables, runs),
+        calibrated_formats=MEASURED_ON_HOPPER, std=STD | eager_std(runs, held_out) | spread(missed),
     )  # fmt: skip
     return profile, steps
 
@@ -442,16 +536,18 @@ def h200(operations: pathlib.Path, hopper: GpuProfile) -> GpuProfile:
     """`hopper`: the H100's recorded steps, for what was not recorded on the H200."""
     tables, runs = prior("H200-SXM", operations), recorded_runs("H200-SXM")
     source = "fitted on recorded steps of vLLM 0.25.1 on one H100, tests/data: the same SMs"
-    start = tables.with_values({name: hopper[name] for name in (*TRANSFERRED, *HOPPER_FP8)}, source)
+    start = tables.with_values({name: hopper[name] for name in (*TRANSFERRED, *HOPPER_FORMATS)}, source)
     fitted = fit_steps(start, runs)
-    # 8-bit arithmetic costs here what it does there, relative to bf16.
-    share = hopper["energy.fp8.j_per_flop"] / hopper["energy.bfloat16.j_per_flop"]
-    fitted = fitted.with_values(
-        {"energy.fp8.j_per_flop": fitted["energy.bfloat16.j_per_flop"] * share}, f"{share:.2f} of bf16, as {source}"
-    )
-    std = STD | spread(tables, runs)
-    fitted = scale_formats(fitted, "fitted on this GPU", fitted=["fp8"])
-    return replace(fitted, calibrated=True, calibrated_formats=(*MEASURED, "linear.fp8"), std=std)
+    # Arithmetic in other formats costs here what it does there, relative to bf16.
+    for form in MEASURED_FORMATS:
+        share = hopper[f"energy.{form}.j_per_flop"] / hopper["energy.bfloat16.j_per_flop"]
+        fitted = fitted.with_values(
+            {f"energy.{form}.j_per_flop": fitted["energy.bfloat16.j_per_flop"] * share},
+            f"{share:.2f} of bf16, as {source}",
+        )
+    std = STD | spread(missed_runs(runs, held_out_runs(tables, runs, fitted)))
+    fitted = scale_formats(fitted, "fitted on this GPU", MEASURED_FORMATS)
+    return replace(fitted, calibrated=True, calibrated_formats=MEASURED_ON_HOPPER, std=std)
 
 
 def scale_formats(profile: GpuProfile, source: str, fitted: Sequence[str] = ()) -> GpuProfile:
@@ -471,12 +567,19 @@ def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProf
 
 
 def with_kernels_of(start: GpuProfile, other: GpuProfile, operations: pathlib.Path) -> GpuProfile:
-    """`start` with block-scaled experts as fast, against their table, as vLLM 0.11.1 had them on another GPU: each GPU
-    has one series of serving runs with them."""
+    """`start` with what serving runs of vLLM 0.11.1 on another GPU say of its kernels for experts: how fast 8-bit ones
+    are, against the table of that GPU's, and what rows cost that are empty or in 8 bits. Each GPU has one series of
+    8-bit experts and few of others."""
     tables = prior(other.name, operations)
+    ratio = other[RELEASE_KERNEL] / tables[RELEASE_KERNEL]
+    share = other["energy.fp8.j_per_flop"] / other["energy.bfloat16.j_per_flop"]
     return start.with_values(
-        {name: start[name] * other[name] / tables[name] for name in RELEASE_KERNELS},
-        f"{start.coefficients[RELEASE_KERNELS[0]].source}; times what vLLM 0.11.1 made of it on the {other.name}",
+        {
+            RELEASE_KERNEL: start[RELEASE_KERNEL] * ratio,
+            "energy.fp8.j_per_flop": start["energy.bfloat16.j_per_flop"] * share,
+            "experts.padding_energy_share": other["experts.padding_energy_share"],
+        },
+        f"as vLLM 0.11.1 had it on the {other.name}, relative to its table and to bf16",
     )
 
 
@@ -485,13 +588,7 @@ def b200(operations: pathlib.Path, data: pathlib.Path, known: GpuProfile, hopper
     start = replace(start_from(known, "B200-SXM", operations), vllm_release="0.11.1")
     start = with_kernels_of(start, hopper, operations)
     fitted = fit_serving(start, rows)
-    std = dict(STD)
-    held_out = held_out_rows(start, rows)
-    for kind in ("dense", "experts"):
-        chosen = [errors for series, errors in held_out.items() if ("-a" in series.split()[2]) == (kind == "experts")]
-        for quantity, errors in zip(("time", "energy"), zip(*chosen, strict=True), strict=True):
-            for phase in ("decode", "prefill"):
-                std[f"{quantity}.{kind}.{phase}"] = half_width_std(np.concatenate(errors))
+    std = STD | spread(missed_rows(held_out_rows(start, rows, fitted)))
     return replace(fitted, calibrated=True, calibrated_formats=(*MEASURED, "experts.fp8"), std=std)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,16 +14,44 @@ from energylens_vllm.hardware.profile import GpuProfile
 PRIOR_WEIGHT = 0.02
 #: Relative errors beyond this count less than quadratically: one odd window does not bend the fit.
 ROBUST_SCALE = 0.05
+#: Step of a coefficient, in prior standard deviations, over which slopes are taken: wide enough to see past the kinks
+#: of whole tiles and the tolerance to which the clock is found.
+SLOPE_STEP = 0.02
+#: One relative standard deviation of what is left of a single error where the offset of its group is known.
+SCATTER = 0.05
+
+
+def weigh_groups(errors: Array, groups: Sequence[str], std: float) -> Array:
+    """Relative errors of which those of a group share an offset of its own, of standard deviation `std`: weighed for a
+    fit, so that the sum of squares is that of independent errors of `SCATTER`.
+
+    GPUs of one kind differ by several percent in the joules that the same work takes. Errors measured on one of them
+    are not independent then, and ten of them say little more of the kind's mean than one; what they say of each other
+    counts in full (generalised least squares with a random intercept).
+    """
+    weighed: Array = errors.copy()
+    names = np.asarray(groups)
+    for name in np.unique(names):
+        inside = names == name
+        mean = errors[inside].mean()
+        kept = 1 / np.sqrt(1 + inside.sum() * (std / SCATTER) ** 2)
+        weighed[inside] = errors[inside] - mean + kept * mean
+    return weighed
 
 
 def fit(
-    profile: GpuProfile, free: Mapping[str, float], residuals: Callable[[GpuProfile], Array], source: str
+    profile: GpuProfile,
+    free: Mapping[str, float],
+    residuals: Callable[[GpuProfile], Array],
+    source: str,
+    near: GpuProfile | None = None,
 ) -> GpuProfile:
     """The profile with the coefficients `free` fitted, each with a relative standard deviation of its prior, which is
     its value in `profile`.
 
     `residuals` gives relative errors (log(predicted / measured)) of any shape (N,). A coefficient's new `std` is what
-    the fit leaves of it: from the curvature at the optimum and the scatter of the residuals. Needs scipy.
+    the fit leaves of it: from the curvature at the optimum and the scatter of the residuals. `near`: where the search
+    starts, which saves most of its steps where the optimum of like measurements is known. Needs scipy.
     """
     from scipy.optimize import least_squares
 
@@ -37,9 +65,16 @@ def fit(
     def errors(x: Array) -> Array:
         return np.concatenate([PRIOR_WEIGHT * x, residuals(at(x))])
 
+    def slopes(x: Array) -> Array:
+        here = errors(x)
+        steps = SLOPE_STEP * np.eye(len(names))
+        return np.stack([(errors(x + step) - here) / SLOPE_STEP for step in steps], axis=1)
+
+    begin = np.zeros(len(names)) if near is None else (np.log([near[name] for name in names]) - start) / spread
     found = least_squares(
-        errors, np.zeros(len(names)), loss="soft_l1", f_scale=ROBUST_SCALE, diff_step=1e-3, max_nfev=40
-    )
+        errors, begin, jac=slopes, loss="soft_l1", f_scale=ROBUST_SCALE, ftol=1e-3, xtol=1e-3,
+        max_nfev=20,
+    )  # fmt: skip
     scatter = max(2 * found.cost / max(len(found.fun) - len(names), 1), 1e-12)
     covariance = scatter * np.linalg.pinv(found.jac.T @ found.jac)
     left = np.sqrt(np.diag(covariance)) * spread

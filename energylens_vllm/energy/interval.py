@@ -49,6 +49,8 @@ class Uncertainty:
             flags.add("uncalibrated_format")
         if any(k.attention is not None and k.attention.head_dim != k.attention.value_dim for k in kernels):
             flags.add("extrapolated")  # latent attention: no measured step has run it
+        if deployment.enforce_eager:
+            flags.add("eager_host")  # Python launches every kernel, on another machine than where it was measured
         if deployment.data_parallel_size > 1 and kind == "experts":
             flags.add("data_parallel_assumed_even")
         extra = [

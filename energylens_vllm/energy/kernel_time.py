@@ -34,6 +34,27 @@ def expert_tile_rows(small_tiles: bool, form: str, tokens: Array, local: int) ->
     return np.asarray(timing.expert_tile_rows(tokens))
 
 
+#: Rows to which DeepGEMM's grouped GEMM aligns those of each expert (its contiguous layout).
+CONTIGUOUS_ROWS = 128
+
+
+def contiguous_rows(choices: Array, local: int) -> Array:
+    """Rows of DeepGEMM's contiguous layout for `choices` (token, expert) pairs of all ranks and `local` experts.
+
+    The host does not know how many tokens chose which expert, so vLLM reserves as many rows as there could be, and the
+    kernel goes over all of them: a single token costs as many blocks as experts. Source: vLLM 0.11.1,
+    fused_moe/deep_gemm_utils.py `compute_aligned_M`.
+    """
+    rows = choices + local * (CONTIGUOUS_ROWS - 1.0)
+    return np.where(choices > 0, np.ceil(rows / CONTIGUOUS_ROWS) * CONTIGUOUS_ROWS, 0.0)
+
+
+def contiguous_bytes(kernel: Kernel, rows: Array) -> Array:
+    """Bytes in and out of a grouped GEMM over `rows` of the contiguous layout: 8-bit inputs, 16-bit outputs."""
+    assert kernel.gemm is not None
+    return rows * (kernel.gemm.k * 1.0 + kernel.gemm.n * 2.0)
+
+
 def linear(p: GpuProfile, form: str, kernel: Kernel, rows: Array, flops: Array, moved: Array) -> Timed:
     """One dense GEMM of `rows` rows: `moved` activation bytes and the weights cross HBM."""
     assert kernel.gemm is not None
@@ -47,19 +68,30 @@ def linear(p: GpuProfile, form: str, kernel: Kernel, rows: Array, flops: Array, 
 
 
 def experts(
-    p: GpuProfile, form: str, kernel: Kernel, choices: Array, active: Array, padded_rows: Array, moved: Array
+    p: GpuProfile,
+    form: str,
+    kernel: Kernel,
+    choices: Array,
+    active: Array,
+    padded_rows: Array,
+    moved: Array,
+    contiguous: bool = False,
 ) -> Timed:
     """One grouped GEMM of the fused experts: of `choices` (token, expert) pairs, this GPU's are padded to `padded_rows`
-    in whole tiles and wake `active` of its experts."""
+    in whole tiles and wake `active` of its experts. `contiguous`: DeepGEMM's, over `contiguous_rows`, whose input the
+    kernels before it have quantized."""
     shape, gemm = kernel.experts, kernel.gemm
     assert shape is not None
     assert gemm is not None
     weight, operand = OPERANDS[form]
     tile_rows = expert_tile_rows(p.small_expert_tiles, form, choices / shape.selected, shape.local)
+    if contiguous:
+        tile_rows = np.full_like(choices, CONTIGUOUS_ROWS)
     return timing.expert_gemm(
         p, form, p.sm_count, choices, kernel.weight_bytes * active / shape.local, moved, [(tile_rows, padded_rows)],
         n=gemm.n, k=gemm.k, total=shape.total, bytes_per_weight=weight, input_bytes=operand,
-        quantized_rows=choices * shape.local / shape.total if operand < 2 else None,
+        quantized_rows=choices * shape.local / shape.total if operand < 2 and not contiguous else None,
+        square_tiles=not p.small_expert_tiles and not contiguous,
     )  # fmt: skip
 
 

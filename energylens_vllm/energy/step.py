@@ -126,6 +126,8 @@ class GpuStep:
         self.other_launch_s = sum(
             k.count * profile["host.experts_s" if k.family == "experts" else "host.launch_s"] for k in rest
         )
+        #: whether each GPU's worker is a process of its own, as the executors for several GPUs have it
+        self.worker_processes = any(k.collective is not None and k.collective.axis in ("tp", "pp") for k in kernels)
         #: host work between steps, for each step and for each of its requests
         hidden = profile.async_scheduling if async_scheduling is None else async_scheduling
         self.serial_s = (0.0, 0.0) if hidden else (profile["host.serial_s"], profile["host.serial_request_s"])
@@ -213,16 +215,24 @@ class GpuStep:
         return work, self._add_attention(work, steps, prefill_tokens)
 
     def _host_s(self, steps: Steps, prefill_tokens: Array) -> Array:
-        """Seconds that the host needs for each step; it works on one while the GPU runs the one before."""
+        """Seconds that the host needs for each step; it works on one while the GPU runs the one before.
+
+        The engine schedules and hands out tokens; a GPU's worker prepares inputs and launches kernels. On one GPU vLLM
+        runs both in one Python process, so their times add up; on several each worker is a process of its own.
+        """
         p = self.profile
-        seconds = (
+        requests_s = (
             p["host.step_s"]
             + p["host.sequence_s"] * steps.decode_sequences
             + p["host.prompt_s"] * (steps.sequences - steps.decode_sequences)
         )
         uncaptured = steps.tokens > (self.capture_sizes[-1] if len(self.capture_sizes) else 0.0)
-        seconds = seconds + np.where(uncaptured, self.other_launch_s, 0.0)
-        return np.asarray(seconds + np.where(uncaptured | (prefill_tokens > 0), self.attention_launch_s, 0.0))
+        launches_s = np.where(uncaptured, self.other_launch_s, 0.0)
+        launches_s = launches_s + np.where(uncaptured | (prefill_tokens > 0), self.attention_launch_s, 0.0)
+        if not self.worker_processes:
+            return np.asarray(requests_s + launches_s)
+        engine_s = p["host.engine_share"] * requests_s
+        return np.asarray(np.maximum(engine_s, requests_s - engine_s + launches_s))
 
     # -- groups of kernels ----------------------------------------------------------------------------------------
 
@@ -298,16 +308,27 @@ class GpuStep:
         loads = self.loads(kernel, tokens)
         moved = self._hbm(per_token(kernel.activation_bytes, tokens))
         choices = loads.rows * shape.total / shape.local  # (token, expert) pairs that the kernel is shown
-        hottest = kernel_time.experts(p, form, kernel, choices, loads.hottest_active, loads.hottest_padded_rows, moved)
-        mean = kernel_time.experts(p, form, kernel, choices, loads.active, loads.padded_rows, moved)
+        # An empty row of a tile costs a share of a full one's energy: zeros toggle few wires.
+        empty_share, contiguous = p["experts.padding_energy_share"], p.contiguous_experts and form.startswith("fp8")
+        if contiguous:
+            rows = kernel_time.contiguous_rows(choices, shape.local)
+            loads = loads._replace(padded_rows=rows, hottest_padded_rows=rows)
+            moved = self._hbm(kernel_time.contiguous_bytes(kernel, rows))
+            empty_share = 1.0  # rows that nobody wrote hold what earlier steps left there, not zeros
+        hottest, mean = (
+            kernel_time.experts(p, form, kernel, choices, active, padded_rows, moved, contiguous)
+            for active, padded_rows in (
+                (loads.hottest_active, loads.hottest_padded_rows),
+                (loads.active, loads.padded_rows),
+            )
+        )
         work.add(kernel.count, hottest)
         work.waiting_s = work.waiting_s + kernel.count * (hottest.time_s - mean.time_s)
         weights = kernel.weight_bytes * loads.active / shape.local
         flops_per_row: Array = np.divide(
             per_token(kernel.flops, tokens), loads.rows, out=np.zeros_like(tokens), where=loads.rows > 0
         )
-        # An empty row of a tile costs a share of a full one's energy: zeros toggle few wires.
-        wasted = p["experts.padding_energy_share"] * np.maximum(loads.padded_rows - loads.rows, 0.0)
+        wasted = empty_share * np.maximum(loads.padded_rows - loads.rows, 0.0)
         byte_j = p["energy.memory_j_per_byte"]
         work.spend(work.memory_j, "weights", kernel.count * byte_j * weights)
         work.spend(work.memory_j, "activations", kernel.count * byte_j * moved)

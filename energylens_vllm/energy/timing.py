@@ -117,14 +117,15 @@ def expert_padded_rows(rows: Any, active: Any, tile: Any) -> Any:
 def expert_gemm(
     p: Coefficients, kernel: str, sm_count: int, choices: Any, weight_bytes: Any, activation_bytes: Any,
     tiles: Sequence[tuple[Any, Any]], *, n: Any, k: Any, total: Any, bytes_per_weight: float = 2.0,
-    input_bytes: float = 2.0, quantized_rows: Any = None,
+    input_bytes: float = 2.0, quantized_rows: Any = None, square_tiles: bool = False,
 ) -> Timed:  # fmt: skip
     """One grouped GEMM of vLLM's fused experts, with its share of sorting `choices` (token, expert) pairs by expert.
 
     `weight_bytes` are those of the experts that have rows, `activation_bytes` those that cross HBM; `total` experts are
     in the layer, on all GPUs. `tiles` are the configurations that the kernel may run with, as (rows of a block, rows
     after padding each expert's to whole blocks): one pair for vLLM's default, several where a tuned one is the fastest.
-    Where the input is quantized by a kernel of its own, `quantized_rows` are its rows.
+    Where the input is quantized by a kernel of its own, `quantized_rows` are its rows. `square_tiles`: blocks of 64
+    rows have 64 columns and no more (the default configuration of vLLM 0.11, fused_moe.py).
 
     The grid has a block for every choice and up to one more for every expert of the layer, local or not; those without
     work, or that only zero the rows of remote experts, cost `empty_tile_s` of an SM each, the others `tile_s` besides
@@ -141,6 +142,8 @@ def expert_gemm(
         empty = np.maximum(grid - blocks, 0.0) * p[name + "empty_tile_s"]
         for wide in (1, 2):
             columns = np.where(tile_rows < 128, 64.0, 128.0) * wide
+            if square_tiles:
+                columns = np.where(tile_rows == 64, 64.0, columns)
             across = np.ceil(n / columns)
             compute_s = 2.0 * np.maximum(tile_rows, TILE_ROWS) * columns * k * sm_count / flops_per_s
             load_s = (tile_rows * input_bytes + columns * bytes_per_weight) * k / p[name + "sm_load_bytes_per_s"]
