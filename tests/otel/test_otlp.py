@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 pytest.importorskip("opentelemetry.proto")
 sys.path.insert(0, str(Path(__file__).parent))  # receiver.py, beside this file
@@ -86,6 +88,21 @@ def test_an_endpoint_for_metrics_comes_before_that_for_traces() -> None:
         done = send(traces, OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=wanted)
     assert_same(done, received)
     assert others.metric_requests == []
+
+
+def test_api_servers_send_each_its_own_share(tmp_path: Path) -> None:
+    """In Prometheus' multi-process mode, in which any of them shows the sum on /metrics."""
+    key = ("energylens_predicted_energy_joules", (("engine", "1"), ("model_name", "m"), ("phase", "decode")))
+    instances = set()
+    for _ in range(2):
+        with grpc_receiver() as (endpoint, received):
+            assert_same(send(endpoint, PROMETHEUS_MULTIPROC_DIR=str(tmp_path)), received)
+        assert received.values[key] == 5
+        instances |= {resource["service.instance.id"] for resource in received.resources}
+    assert len(instances) == 2
+    merged = CollectorRegistry()
+    MultiProcessCollector(merged, str(tmp_path))
+    assert on_metrics(generate_latest(merged).decode())[key] == 10
 
 
 def test_nothing_is_sent_unless_there_is_an_endpoint() -> None:
