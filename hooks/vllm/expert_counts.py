@@ -32,7 +32,10 @@ CHUNK = 1024  #: tokens that are added up at a time: bounds the memory for it
 
 def install(gpu_worker: ModuleType) -> None:
     """Have a worker count from when its model is loaded, if the settings say so."""
-    original = gpu_worker.Worker.load_model
+    original = getattr(getattr(gpu_worker, "Worker", None), "load_model", None)
+    if original is None:  # in a release to come; for what is off by default no engine shall fail
+        logger.info("energylens cannot learn how tokens choose experts in this release of vLLM")
+        return
 
     @functools.wraps(original)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:

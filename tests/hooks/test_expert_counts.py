@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -181,3 +181,11 @@ def test_other_releases_have_what_is_used(version: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"all there in {version}" in done.stdout
+
+
+def test_a_release_without_the_place_is_served_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    from energylens_vllm.hooks.vllm.expert_counts import install
+
+    with caplog.at_level("INFO", logger="energylens_vllm"):
+        install(ModuleType("gpu_worker"))
+    assert "cannot learn how tokens choose experts in this release" in caplog.text
