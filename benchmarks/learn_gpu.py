@@ -315,7 +315,7 @@ async def run(
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(600)) as session:
         with Server(out, config, tp, tiny, environment) as server:
             began_s = time.perf_counter()
-            await server.ready(session, 240.0)
+            await server.ready(session, 480.0 if tiny else 240.0)
             log(f"the server answers after {time.perf_counter() - began_s:.1f} s")
             gauge.start()
             scraper, load = Scraper(session, server.url), Load(session, server.url, plan, config["vocab_size"])

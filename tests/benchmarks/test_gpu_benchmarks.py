@@ -125,7 +125,7 @@ def test_all_of_it_on_vllms_cpu_build(tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.nightly
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_learning_with_a_real_server_on_vllms_cpu_build(tmp_path: Path) -> None:
     """All of learn_gpu.py but for the shapes, the load and NVML; all that it checks holds, but that no GPU is predicted
     well that is not there."""
