@@ -57,7 +57,7 @@ def servers(tiny_model: Path, folder: Path) -> Iterator[Path]:
 
 def post(url: str, max_tokens: int, headers: dict[str, str] | None = None) -> dict[str, str]:
     """A completion; gives the answer's headers."""
-    body = {"model": "tiny", "prompt": [7, 8, 9, 10], "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
+    body = {"model": "tiny", "prompt": "some words", "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
     request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})})
     with urlopen(request, timeout=600) as answer:
         answer.read()
@@ -131,7 +131,7 @@ def test_litellm(servers: Path, folder: Path, package_path: str) -> None:
                 time.sleep(4)
                 where = Counter(ask() for _ in range(10))
             print("litellm", port, where)
-            assert where[str(port)] >= 8, where
+            assert where[str(port)] >= 7, where  # by least-request it would be one
             wait_for(lambda port=port: held(port) == 0, 120)
         assert counted("energylens_routing_saved_joules_total") > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from replicas import ROOT
 
-from energylens_vllm.routing import StepTable
+from energylens_vllm.routing import StepTable, fleet, prefixes
 from energylens_vllm.routing.fleet import MOST_UNDER_WAY, LiveFleet
 from energylens_vllm.routing.gateway import Gateway
 from energylens_vllm.routing.report import Report
@@ -91,9 +92,22 @@ def grown(day: Day, requests: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_stays(day: Day) -> None:
-    # What was there before tracing is replaced by what is traced: blocks of prompts, 16,384 a replica at most.
-    assert grown(day, 4_000) < 12_000_000
+def test_memory_stays(table: StepTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With limits that are reached soon, all of it can be traced: then nothing is added, not even a name a request.
+    monkeypatch.setattr(prefixes, "MOST_BLOCKS", 16)
+    monkeypatch.setattr(fleet, "MOST_UNDER_WAY", 100)
+    day = Day(table)
+    tracemalloc.start()
+    try:
+        day.ask(1_500)
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        day.ask(2_500)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert abs(after - before) < 50_000  # 20 bytes a request
 
 
 @pytest.mark.nightly
@@ -111,10 +125,10 @@ def test_memory_stays_over_a_day_of_a_million_requests(day: Day) -> None:
 
 
 def test_what_is_kept_has_limits(day: Day) -> None:
-    fleet = day.gateway.fleet
-    assert len(fleet._placed) <= MOST_UNDER_WAY
-    assert len(fleet._prefixes._seen) <= len(REPLICAS)
-    assert max(map(len, fleet._prefixes._seen.values())) <= 16_384
+    kept = day.gateway.fleet
+    assert len(kept._placed) <= MOST_UNDER_WAY
+    assert len(kept._prefixes._seen) <= len(REPLICAS)
+    assert max(map(len, kept._prefixes._seen.values())) <= 16_384
     assert len(day.counted) <= 20
 
 
