@@ -1,6 +1,6 @@
 """Joules a token and attainment of routing policies: traces, loads, fleets, seeds, and a belief that is wrong by 20 %.
 
-    python benchmarks/routing_results.py TRACES [--seeds 3] [--only azure|mooncake] [--json FILE]     # ten minutes
+    python benchmarks/routing_results.py TRACES [--seeds 3] [--only azure] [--fleet mixed] [--json FILE]
     python benchmarks/routing_results.py --plot FILE ... [--svg docs/routing.svg]
 
 TRACES is a folder with `azure23_conv.csv` (Azure LLM inference trace 2023, conversation) and `mooncake_conv.jsonl`.
@@ -39,7 +39,7 @@ class Trace:
 
 
 #: Parameters of the policy were chosen on other traces, and on requests 14,000 to 17,000 of Azure's (docs/routing.md).
-TRACES = {"azure": Trace("azure23_conv.csv", 4000, 1.0), "mooncake": Trace("mooncake_conv.jsonl", 2000, 5.0)}
+TRACES = {"azure": Trace("azure23_conv.csv", 3000, 1.0), "mooncake": Trace("mooncake_conv.jsonl", 1500, 5.0)}
 TPOT_S = 0.05
 
 
@@ -55,15 +55,17 @@ class Cell:
     attainment: float
 
 
-def measure(folder: Path, traces: Sequence[str], loads: Sequence[float], seeds: int) -> list[Cell]:
+def measure(
+    folder: Path, traces: Sequence[str], fleets: Sequence[str], loads: Sequence[float], seeds: int
+) -> list[Cell]:
     """All cells; each row of the table is printed when it is there."""
     cells: list[Cell] = []
     print("| trace | fleet | load | " + " | ".join(NAMES) + " |\n" + "| --- " * (len(NAMES) + 3) + "|")
     for trace in traces:
         given = TRACES[trace]
         requests = read_arrivals(folder / given.file)[: given.requests]
-        for fleet, text in FLEETS.items():
-            tables = fleet_tables("llama-3.1-8b", text, 256)
+        for fleet in fleets:
+            tables = fleet_tables("llama-3.1-8b", FLEETS[fleet], 256)
             wrong = believed(tables, "0.8,1.2")
             for load in loads:
                 arrivals = at_load(requests, load)
@@ -144,6 +146,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", nargs="?", type=Path, help="the folder of the traces")
     parser.add_argument("--only", choices=list(TRACES), action="append")
+    parser.add_argument("--fleet", choices=list(FLEETS), action="append")
     parser.add_argument("--loads", default=",".join(f"{load:g}" for load in LOADS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="save the figures there")
@@ -157,7 +160,7 @@ def main() -> int:
     if args.traces is None:
         parser.error("the folder of the traces is missing")
     loads = [float(each) for each in args.loads.split(",")]
-    found = measure(args.traces, args.only or list(TRACES), loads, args.seeds)
+    found = measure(args.traces, args.only or list(TRACES), args.fleet or list(FLEETS), loads, args.seeds)
     if args.json:
         args.json.write_text(json.dumps([asdict(cell) for cell in found]))
     return 0
