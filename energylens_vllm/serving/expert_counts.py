@@ -8,8 +8,10 @@ after vLLM's instance, and the engine reads those files when it reports (`Learnt
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # workers load this module, too
 Array = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
+FORGOTTEN_S = 7 * 24 * 3600.0
 #: Tokens of a layer that have to be counted before predictions follow: an expert that one in 16 selects has 256 then.
 MIN_TOKENS = 4096
 #: Tokens that are remembered: what was counted before counts ever less, so that a change of traffic is followed.
@@ -56,11 +59,15 @@ class Counts:
 
 def folder(instance: str, engine: int) -> Path:
     """Where the workers of one engine put their counts: a folder that only this user can enter. `instance` is vLLM's
-    name for all of its processes."""
+    name for all of its processes. Folders that nobody has written to for a week are removed: their engines were killed.
+    """
     base = Path(tempfile.gettempdir()) / f"energylens-{os.getuid()}"
     base.mkdir(mode=0o700, exist_ok=True)
     if base.stat().st_uid != os.getuid():
         raise PermissionError(f"{base} belongs to somebody else")
+    for other in base.iterdir():
+        if time.time() - other.stat().st_mtime > FORGOTTEN_S:
+            shutil.rmtree(other, ignore_errors=True)
     path = base / f"{instance}-{engine}"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
@@ -68,6 +75,7 @@ def folder(instance: str, engine: int) -> Path:
 
 def publish(into: Path, worker: int, counts: Counts) -> None:
     """Put a worker's counts where the engine looks; readers find the old ones or these, nothing between."""
+    into.mkdir(mode=0o700, exist_ok=True)
     path = into / f"{worker}.npz"
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("wb") as file:

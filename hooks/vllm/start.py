@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import shutil
+from multiprocessing.util import Finalize
 from typing import Any
 
 from energylens_vllm.errors import EnergyLensError
@@ -103,7 +103,8 @@ def _listen(observer: StepObserver, vllm_config: Any, chosen: settings.Settings)
 
 def _follow_experts(observer: StepObserver, vllm_config: Any) -> None:
     at = expert_counts.folder(vllm_config.instance_id, vllm_config.parallel_config.data_parallel_index)
-    atexit.register(shutil.rmtree, at, ignore_errors=True)
+    # Engines are processes of multiprocessing, which leaves `atexit` out. One that is killed leaves its folder behind.
+    Finalize(None, shutil.rmtree, (at,), {"ignore_errors": True}, exitpriority=0)
     expert_counts.follow(observer, at)
 
 

@@ -69,7 +69,8 @@ def test_counts_are_what_the_routers_chose(experts_model: Path) -> None:
 def test_a_server_shows_them(experts_model: Path, tmp_path: Path) -> None:
     lengths, outputs = (900, 880, 860, 840, 820), 16
     setting = '{"learn_expert_routing": true, "report_interval_s": 1}'
-    with serving(experts_model, tmp_path, 8830, "--plugin=energylens", f"--energylens={setting}") as server:
+    arguments = ("--plugin=energylens", f"--energylens={setting}")
+    with serving(experts_model, tmp_path, 8830, *arguments, TMPDIR=str(tmp_path)) as server:
         for _ in range(2):
             server.complete_all(lengths, outputs)
         computed = 2 * len(lengths) * (outputs - 1) + sum(lengths)  # the second time prompts are mostly in the cache

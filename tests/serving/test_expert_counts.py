@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def test_the_folder_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     at = expert_counts.folder("1795715108831793384", 2)
     assert at == expert_counts.folder("1795715108831793384", 2)
     assert at.parent.stat().st_mode & 0o077 == 0
+    os.utime(at, (0, 0))
+    assert expert_counts.folder("1795715108831793385", 0).is_dir()
+    assert not at.exists(), "of an engine that was killed long ago"
     monkeypatch.setattr(expert_counts.os, "getuid", lambda: 12345)
     (tmp_path / "energylens-12345").mkdir()
     with pytest.raises(PermissionError, match="belongs to somebody else"):
