@@ -101,7 +101,7 @@ def drawn_in_turn(rate: float, seconds: float = 6.0) -> list[Arrival]:
 
 
 def on(gpu: str, **more: object) -> Deployment:
-    return Deployment(gpu=gpu, max_num_seqs=512, **more)  # type: ignore[arg-type]
+    return Deployment(gpu=gpu, max_num_seqs=512, async_scheduling=True, **more)  # type: ignore[arg-type]
 
 
 CASES = {
