@@ -220,5 +220,3 @@ def replay_command(about: Mapping[str, Any], config: Path, out: Path) -> list[st
         else:
             command += [flag, str(value)]
     return [*command, str(out)]
-
-
