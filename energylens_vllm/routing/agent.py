@@ -82,7 +82,7 @@ class Agent:
             round(prompt), max(output, 1.0), ttft_s=fleet.targets.ttft_s, tpot_s=fleet.targets.tpot_s
         )  # fmt: skip
         coming = AHEAD_S * sum(each.arrivals_per_s for each in histories)
-        parts = shares(choice.ranking.snapshots, request, coming, Config(max_age_s=fleet.targets.max_age_s))
+        parts = shares(choice.ranking.snapshots, request, coming, Config(max_age_s=fleet.targets.max_age_s), AHEAD_S)
         if parts is None:
             self.gateway.decisions.fell_back(cause_of(choice.ranking))
             return {}

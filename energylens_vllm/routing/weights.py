@@ -13,20 +13,24 @@ from energylens_vllm.routing.policy import FEASIBLE, INFEASIBLE, Config, Request
 FEWEST, MOST = 8, 64
 
 
-def shares(snapshots: Snapshots, request: Request, count: float, config: Config) -> list[float] | None:
-    """The share of each replica of `count` requests like `request`; None if nothing is known of any of them.
+def shares(
+    snapshots: Snapshots, request: Request, count: float, config: Config, seconds: float = 2.0
+) -> list[float] | None:
+    """The share of each replica of `count` requests like `request` that come within `seconds`; None if nothing is known
+    of any of them.
 
-    Each request is placed beside those before it, so a replica gets no more than the latency targets bear. `snapshots`
-    is not changed.
+    Each request is placed beside those before it, so a replica gets no more than the latency targets bear. Their
+    prompts come one after the other, so they take a part of its time and do not wait all at once. `snapshots` is not
+    changed.
     """
     ahead = replace(
         snapshots,
         running=snapshots.running.copy(),
-        waiting_tokens=snapshots.waiting_tokens.copy(),
+        prefill_tokens_per_s=snapshots.prefill_tokens_per_s.copy(),
         kv_tokens_used=snapshots.kv_tokens_used.copy(),
     )
     number = int(min(max(round(count), FEWEST), MOST))
-    each = max(count, 1.0) / number if count > MOST else 1.0  #: requests that one placed stands for
+    each = max(count, 1.0) / number  # requests that one placed stands for
     placed = np.zeros(len(snapshots.fleet))
     previous = -1
     for _ in range(number):
@@ -36,7 +40,7 @@ def shares(snapshots: Snapshots, request: Request, count: float, config: Config)
             break
         placed[best] += 1
         ahead.running[best] += each
-        ahead.waiting_tokens[best] += each * request.prompt_tokens
+        ahead.prefill_tokens_per_s[best] += each * request.prompt_tokens / seconds
         ahead.kv_tokens_used[best] += each * request.prompt_tokens
         previous = best
     total = float(placed.sum())

@@ -46,9 +46,9 @@ def test_many_are_shared_and_nobody_gets_more_than_the_targets_bear() -> None:
 
 def test_looking_ahead_changes_nothing() -> None:
     snapshots = of(3, 8)
-    before = [snapshots.running.copy(), snapshots.waiting_tokens.copy(), snapshots.kv_tokens_used.copy()]
+    before = [snapshots.running.copy(), snapshots.prefill_tokens_per_s.copy(), snapshots.kv_tokens_used.copy()]
     shares(snapshots, REQUEST, 30, Config())
-    after = [snapshots.running, snapshots.waiting_tokens, snapshots.kv_tokens_used]
+    after = [snapshots.running, snapshots.prefill_tokens_per_s, snapshots.kv_tokens_used]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
