@@ -70,7 +70,7 @@ UNITS = {
 COMPILED = ("qwen30b-fp8", "gptoss20b", "gptoss20b-routed")
 #: Relative std of the joules of one GPU of a kind from another's. Of H100s: recorded bytes cost 8 to 9 % less on the
 #: second than on the first; serving runs of one cell on two nodes took 14 % more watts on one, at 4 % less time.
-UNIT_STD = 0.06
+UNIT_STD = 0.03
 
 # -- what is known beforehand -------------------------------------------------------------------------------------
 
@@ -211,8 +211,8 @@ FREE = {
     "attention.decode.sequence_head_s": 0.3, "attention.decode.tile_rows": 0.5,
     "attention.prefill.compute_efficiency": 0.1, "memory.l2_bytes": 0.5,
     "energy.memory_j_per_byte": 0.2, "energy.memory_core_share": 0.5, "energy.bfloat16.j_per_flop": 0.3,
-    "energy.attention.j_per_flop": 0.5, "power.static_w": 0.03, "power.voltage_floor": 0.5,
-    "power.limit_share": 0.01, "power.floor_w": 0.2,
+    "energy.attention.j_per_flop": 0.5, "power.static_w": 0.01, "power.voltage_floor": 0.5,
+    "power.limit_share": 0.01, "power.floor_w": 0.05,
     "host.step_s": 0.7, "host.sequence_s": 0.7, "host.prompt_s": 0.5, "host.launch_s": 0.5, "host.attention_s": 0.7,
 }  # fmt: skip
 #: More of them, where a run has experts, or weights in 8 bits or in mxfp4.
@@ -523,7 +523,7 @@ def h100(operations: pathlib.Path, data: pathlib.Path) -> tuple[GpuProfile, GpuP
     rows = mlenergy_rows(data, "H100-SXM")
     fitted = fit_serving(start, rows)
     held_out = held_out_runs(tables, runs, steps)
-    missed = (*missed_runs(runs, held_out), *missed_rows(held_out_rows(start, rows, fitted)))
+    missed = (*missed_runs(runs, held_out), *missed_rows(held_out_rows(start, rows, fitted, several=True)))
     moved = {name: c for name, c in steps.coefficients.items() if c != fitted.coefficients[name]}
     profile = replace(
         fitted, by_release={"0.25.1": moved}, calibrated=True,
@@ -588,7 +588,7 @@ def b200(operations: pathlib.Path, data: pathlib.Path, known: GpuProfile, hopper
     start = replace(start_from(known, "B200-SXM", operations), vllm_release="0.11.1")
     start = with_kernels_of(start, hopper, operations)
     fitted = fit_serving(start, rows)
-    std = STD | spread(missed_rows(held_out_rows(start, rows, fitted)))
+    std = STD | spread(missed_rows(held_out_rows(start, rows, fitted, several=True)))
     return replace(fitted, calibrated=True, calibrated_formats=(*MEASURED, "experts.fp8"), std=std)
 
 

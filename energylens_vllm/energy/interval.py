@@ -23,6 +23,8 @@ from energylens_vllm.hardware.profile import GpuProfile
 HALF_WIDTH_90 = 1.645
 #: One relative standard deviation of a collective's time and energy where links are involved (docs/collectives.md).
 COMMUNICATION_STD = 0.2
+#: Of a reason to be less sure that a profile, made before there was such a flag, does not know.
+OTHER_STD = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Uncertainty:
         if deployment.data_parallel_size > 1 and kind == "experts":
             flags.add("data_parallel_assumed_even")
         extra = [
-            float(np.sqrt(sum(profile.std[f"{quantity}.{flag}"] ** 2 for flag in flags)))
+            float(np.sqrt(sum(profile.std.get(f"{quantity}.{flag}", OTHER_STD) ** 2 for flag in flags)))
             for quantity in ("time", "energy")
         ]
         return cls(
