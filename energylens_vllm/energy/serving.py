@@ -71,8 +71,9 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Mixtures:
-    """The steps of B batches in steady state: with k = 0, 1, .. starting requests, and how often each occurs. Arrays are
-    of shape (S,), all batches' steps together, unless they say (B,)."""
+    """The steps of B batches in steady state: with k = 0, 1, .. starting requests, and how often each occurs.
+
+    Arrays are of shape (S,), all batches' steps together, unless they say (B,)."""
 
     weights: Array  #: of a step among its batch's
     batch: Integers  #: which batch a step is of

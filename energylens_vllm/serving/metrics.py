@@ -35,6 +35,7 @@ FLAGS = (
     "uncalibrated_format",
     "reference_gpu",
     "extrapolated",
+    "eager_host",
     "multimodal_not_modelled",
     "lora_not_modelled",
     "draft_model_not_modelled",
