@@ -26,7 +26,7 @@ from energylens_vllm.hardware import GpuProfile, load_profile
 from energylens_vllm.meter import MigRefused, NoMeter
 
 sys.path.insert(0, str(Path(__file__).parent))
-from simulated import TOP_CLOCK_HZ, SimulatedGpu
+from simulated_gpu import TOP_CLOCK_HZ, SimulatedGpu
 
 BASE = load_profile("H100-SXM").at_release("0.25.1")
 #: Another unit of the same GPU: what it spends and how fast it is, over what the shipped profile says.
