@@ -20,8 +20,8 @@ from energylens_vllm.hardware.profile import GpuProfile, load_profile
 #: Batch limits (`max_num_seqs`) that are tried; between the last that fits and the first that does not, the most that
 #: memory holds is one more.
 MAX_NUM_SEQS = (
-    1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256, 288, 320,
-    352, 384, 416, 448, 480, 512, 576, 640, 704, 768, 832, 896, 960, 1024,
+    1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 144, 160, 176, 192, 208, 224, 240,
+    256, 288, 320, 352, 384, 416, 448, 480, 512, 576, 640, 704, 768, 832, 896, 960, 1024,
 )  # fmt: skip
 #: Tokens of a step (`max_num_batched_tokens`) that are tried.
 MAX_NUM_BATCHED_TOKENS = (2048, 4096, 8192, 16384)
