@@ -67,6 +67,14 @@ def test_on_a_cpu_there_are_none() -> None:
     assert gpus.gpus_of(config()) is None
 
 
+@pytest.fixture
+def no_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that nobody asks for a recording: that needs more of vLLM's configuration than there is here."""
+    monkeypatch.setattr(start, "describe", lambda vllm_config: SimpleNamespace(config={}, deployment={}))
+    monkeypatch.setattr(start, "record", lambda *args: None)
+
+
+@pytest.mark.usefixtures("no_recordings")
 def test_what_fails_about_them_is_counted_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "gpus_of", lambda vllm_config: 1 / 0)
     observer = StepObserver(lambda work: work, None)
@@ -76,6 +84,7 @@ def test_what_fails_about_them_is_counted_and_no_more(monkeypatch: pytest.Monkey
     assert observer.guard.failures == {"start": 1}
 
 
+@pytest.mark.usefixtures("no_recordings")
 @pytest.mark.parametrize("required", [False, True])
 def test_accounts_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, required: bool) -> None:
     """Stop vLLM if the plugin was asked for by name, and are counted if not."""
