@@ -119,7 +119,7 @@ PREDICTION = (
         "histogram",
         "joules",
         "Predicted energy of one engine step.",
-        buckets=_decades(-1, 4),
+        buckets=_decades(-1, 4)[:-1],
     ),
     Metric(
         "energylens_predicted_step_time_seconds_total",
