@@ -102,6 +102,7 @@ def fake(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, path: str) 
         yield server
 
 
+@pytest.mark.nightly
 def test_ranks_are_steered(fake: Server) -> None:
     check_steering(fake)
 

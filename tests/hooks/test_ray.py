@@ -18,7 +18,7 @@ from ray_serve import Answer, Cluster, cluster
 from energylens_vllm import Deployment, EnergyModel
 from energylens_vllm.routing import Request, Snapshot, StepTable, rank
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
 PORT = 8852
 #: Far enough apart that hysteresis never decides.
 GPUS = ["H200-SXM/2", "L40S"]
@@ -92,7 +92,6 @@ def fault(ray: Cluster, app: str, number: signal.Signals, stream: bool, at: str 
     return answers, victim
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_whole_answers_are_not_lost_with_a_replica(ray: Cluster, cheapest: str, number: signal.Signals) -> None:
     """Serve's own handle loses those that ran there; ours asks another replica, as nobody has seen a token."""
@@ -107,7 +106,6 @@ def test_whole_answers_are_not_lost_with_a_replica(ray: Cluster, cheapest: str, 
     ray.wait_for("fleet", len(GPUS))
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("at", GPUS)
 @pytest.mark.parametrize("app", ["default", "router", "fleet"])
 def test_of_streams_only_those_on_a_killed_replica_are_lost(ray: Cluster, app: str, at: str) -> None:
@@ -140,7 +138,6 @@ def test_a_stale_replica_is_no_longer_chosen(ray: Cluster, cheapest: str) -> Non
     assert min(Counter(each.gpu for each in answers).values()) > 0.2 * len(answers)
 
 
-@pytest.mark.nightly
 def test_a_replica_is_added_under_load(ray: Cluster) -> None:
     before = ray.replicas("grows")
     assert list(before.values()) == GPUS[:1]

@@ -20,7 +20,7 @@ from energylens_vllm.calibrate.recording import load
 sys.path.insert(0, str(Path(__file__).parent))
 from server import Server, serving
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
 PORT = 8814
 
 

@@ -24,7 +24,7 @@ from server import Server, serving
 from energylens_vllm.serving.metrics import METRICS
 from energylens_vllm.serving.trace import ATTRIBUTES
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 #: requests by what they say of their trace -> traceparent; and tokens of their prompts, by which they are told apart
