@@ -357,8 +357,8 @@ def test_after_three_minutes_a_profile_that_is_off_predicts_within_3_percent(fac
 
 
 def test_intervals_cover_what_they_say_on_recorded_runs() -> None:
-    """Four wrong profiles on two GPUs: 90 % intervals after the first minute, all windows together. They are on the wide
-    side for loads that come again, as here; what is new needs the room (docs/learning.md)."""
+    """Four wrong profiles on two GPUs: 90 % intervals after the first minute, all windows together. They are on the
+    wide side for loads that come again, as here; what is new needs the room (docs/learning.md)."""
     windows: list[Window] = []
     for recording, gpu in (("h200_vllm/llama8b", "H200-SXM"), ("h100_vllm/llama8b", "H100-SXM")):
         run = mixed(recording, 200.0)
