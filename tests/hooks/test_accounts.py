@@ -111,6 +111,7 @@ def test_the_gpu_is_measured_and_compared(result: Result) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.nightly
 def test_a_server_shows_it_where_clients_look(tiny_model: Path, tmp_path: Path) -> None:
     log = tmp_path / "requests.jsonl"
     arguments = ["--distributed-executor-backend=fake_executor.FakeExecutor", "--plugin=energylens"]

@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 from server import Samples, Server, serving
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 FAKE = "--distributed-executor-backend=fake_executor.FakeExecutor"
 SNAPSHOT = 'energylens_snapshot_timestamp_seconds{engine="0"}'

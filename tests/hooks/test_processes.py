@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.nightly), "spawn"])
 def test_offline_engine_in_another_process(method: str, tiny_model: Path, tmp_path: Path) -> None:
     environment = os.environ | ENVIRONMENT | {
         "FAKE_LOG": str(tmp_path),
@@ -137,6 +137,7 @@ def test_the_plugin_is_required_but_cannot_start(name: str, parsed: dict[str, di
     assert parsed["possible"]["required"]
 
 
+@pytest.mark.nightly
 def test_a_server_that_needs_the_plugin_does_not_start_without(tiny_model: Path) -> None:
     command = ["vllm", "serve", tiny_model, "--load-format=dummy", "--gpu-memory-utilization=0.08", "--port=18114"]
     done = subprocess.run(
