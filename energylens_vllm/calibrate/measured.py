@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.files import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +96,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, or as it was before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file whole and have it on the disk. Raises EnergyLensError where that fails."""
     try:
-        with beside.open("w") as file:
+        with whole(path) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise EnergyLensError(f"calibrate: {path} cannot be written: {error.strerror or error}") from None

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from energylens_vllm.files import whole
+
 if TYPE_CHECKING:  # workers load this module, too
     from energylens_vllm.energy import EnergyModel
     from energylens_vllm.serving.guard import Guard
@@ -76,11 +78,8 @@ def folder(instance: str, engine: int) -> Path:
 def publish(into: Path, worker: int, counts: Counts) -> None:
     """Put a worker's counts where the engine looks; readers find the old ones or these, nothing between."""
     into.mkdir(mode=0o700, exist_ok=True)
-    path = into / f"{worker}.npz"
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
+    with whole(into / f"{worker}.npz", "wb") as file:
         np.savez(file, layers=counts.layers, selections=counts.selections, selected=np.array(counts.selected))
-    unfinished.replace(path)
 
 
 class Reader:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.files import whole
 from energylens_vllm.serving.learning import Learner
 
 if TYPE_CHECKING:
@@ -63,9 +62,8 @@ class LearntFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = {"format": FORMAT, "saved_at": time.time(), "of": self._of, "learnt": learner.to_json()}
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+            with whole(self.path) as file:
                 json.dump(kept, file, indent=1)
-            os.replace(file.name, self.path)
         except OSError as error:
             self._works = False
             logger.warning("energylens cannot keep what it learns: %s", error)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from energylens_vllm.files import whole
 from energylens_vllm.meter import Reading
 from energylens_vllm.serving.increments import Increments
 from energylens_vllm.serving.observer import Step
@@ -63,9 +63,8 @@ def files(folder: Path, engine: str) -> dict[str, Path]:
 
 def write(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)
+    with whole(path) as file:
+        file.write(text)
 
 
 @dataclass(slots=True)
@@ -189,12 +188,9 @@ class StepRecording:
         arrays = kept.arrays()
         if self._sizes is not None:
             arrays["capture_sizes"] = np.array(self._sizes, dtype=np.int64)
-        path = self._files["npz"]
-        beside = path.with_name(f".{path.name}")
-        with beside.open("wb") as file:
+        with whole(self._files["npz"], "wb") as file:
             savez: Any = np.savez  # its annotations know no arrays by name; not compressed, as others wait here
             savez(file, **arrays)
-        beside.replace(path)
         self._tell(Status(kept.request.id, "done", len(kept.steps), seconds, _rows(kept), full))
 
     def _tell(self, status: Status) -> None:
