@@ -25,7 +25,7 @@ from fit_profiles import (
     RUNS,
     Row,
     Run,
-    cascade,
+    estimates,
     held_out_rows,
     held_out_runs,
     mlenergy_rows,
@@ -36,7 +36,6 @@ from fit_profiles import (
     with_kernels_of,
 )
 
-from energylens_vllm import EnergyModel
 from energylens_vllm.cli.table import percent, table
 from energylens_vllm.energy.batch import Array
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
@@ -78,15 +77,7 @@ def run_widths(run: Run, profile: GpuProfile) -> tuple[Array, Array]:
 
 def row_widths(rows: Sequence[Row], profile: GpuProfile) -> Array:
     """Of energy alone: serving estimates have no interval of time."""
-    models: dict[Any, EnergyModel] = {}
-    widths = []
-    for row in rows:
-        key = (row.model, row.deployment)
-        if key not in models:
-            models[key] = EnergyModel(cascade(row.model), row.deployment, profile)
-        load = models[key].serving(row.concurrency, row.prompt, row.output, row.context)
-        widths.append(np.log(load.interval_j[1] / load.energy_per_output_token_j))
-    return np.array(widths)
+    return np.log([load.interval_j[1] / load.energy_per_output_token_j for load in estimates(rows, profile)])
 
 
 def recorded() -> None:

@@ -33,6 +33,7 @@ from energylens_vllm.calibrate.recording import load
 from energylens_vllm.calibrate.windows import measured_windows
 from energylens_vllm.einsum import Cascade
 from energylens_vllm.energy.batch import Array
+from energylens_vllm.energy.serving import ServingPrediction
 from energylens_vllm.hardware.profile import PROFILES, Coefficient, GpuProfile
 
 RECORDINGS = pathlib.Path(__file__).parents[1] / "tests" / "data"
@@ -378,23 +379,24 @@ def mlenergy_rows(data: pathlib.Path, gpu: str, requests_per_slot: float = 3.0) 
     return rows
 
 
-def row_errors(rows: Sequence[Row], profile: GpuProfile) -> tuple[Array, Array]:
-    """log(predicted / measured) of time and energy of an output token of each row."""
+def estimates(rows: Sequence[Row], profile: GpuProfile) -> list[ServingPrediction]:
+    """What is predicted of each row."""
     models: dict[Any, EnergyModel] = {}
-    errors = []
+    found = []
     for row in rows:
         key = (row.model, row.deployment)
         if key not in models:
             models[key] = EnergyModel(cascade(row.model), row.deployment, profile)
-        load_ = models[key].serving(row.concurrency, row.prompt, row.output, row.context)
-        errors.append(
-            (
-                np.log(load_.inter_token_latency_s / row.time_s),
-                np.log(load_.energy_per_output_token_j / row.energy_j),
-            )
-        )
-    times, energies = np.array(errors).T
-    return times, energies
+        found.append(models[key].serving(row.concurrency, row.prompt, row.output, row.context))
+    return found
+
+
+def row_errors(rows: Sequence[Row], profile: GpuProfile) -> tuple[Array, Array]:
+    """log(predicted / measured) of time and energy of an output token of each row."""
+    loads = estimates(rows, profile)
+    times = [load_.inter_token_latency_s / row.time_s for row, load_ in zip(rows, loads, strict=True)]
+    energies = [load_.energy_per_output_token_j / row.energy_j for row, load_ in zip(rows, loads, strict=True)]
+    return np.log(times), np.log(energies)
 
 
 def fit_serving(profile: GpuProfile, rows: Sequence[Row], near: GpuProfile | None = None) -> GpuProfile:

@@ -52,7 +52,7 @@ def read(body: object) -> Prompt | None:
     return Prompt(
         len(text),
         len(tokens),
-        tuple(_hashes(text, BLOCK_CHARS) if text else _hashes(tokens, BLOCK_TOKENS)),
+        tuple(hashes(text, BLOCK_CHARS) if text else hashes(tokens, BLOCK_TOKENS)),
         most if isinstance(most, int) and most > 0 else None,
     )
 
@@ -85,8 +85,8 @@ def _tokens(prompt: Sequence[object]) -> Iterator[int]:
             yield from _tokens(part)
 
 
-def _hashes(content: str | list[int], size: int) -> Iterator[int]:
-    """Of each whole block, all before it included."""
+def hashes(content: str | Sequence[int], size: int) -> Iterator[int]:
+    """Of each whole block of `size`, all before it included."""
     before = 0
     for start in range(0, min(len(content) // size, MOST_BLOCKS) * size, size):
         block = content[start : start + size]

@@ -16,7 +16,7 @@ from energylens_vllm.routing.decisions import Decisions
 from energylens_vllm.routing.expected import ExpectedOutput
 from energylens_vllm.routing.policy import Request, Snapshots, rank
 from energylens_vllm.routing.prefixes import Prefixes
-from energylens_vllm.routing.prompts import BLOCK_TOKENS, MOST_BLOCKS
+from energylens_vllm.routing.prompts import BLOCK_TOKENS, hashes
 from energylens_vllm.routing.table import StepTable
 
 #: Weight of a request in the mean prompt, and of a report in the mean ratio of step times.
@@ -51,7 +51,7 @@ class Ranks:
     ) -> int | None:  # fmt: skip
         """The rank for a prompt of these tokens, None if vLLM should decide."""
         tokens = len(prompt) if prompt else 1
-        blocks = _blocks(prompt) if prompt else ()
+        blocks = tuple(hashes(prompt, BLOCK_TOKENS)) if prompt else ()
         typical = float(tokens) if self._mean_prompt is None else self._mean_prompt
         output = self._expected.tokens(tokens, max_tokens)
         s = self._snapshots
@@ -95,12 +95,3 @@ class Ranks:
         if predicted_s > 0 and measured_s > 0:
             factors = self._snapshots.time_factor
             factors[rank] += LEARNING * (measured_s / predicted_s - factors[rank])
-
-
-def _blocks(prompt: Sequence[int]) -> tuple[int, ...]:
-    """Hashes of a prompt's whole blocks, each with all before it."""
-    blocks, before = [], 0
-    for start in range(0, min(len(prompt) // BLOCK_TOKENS, MOST_BLOCKS) * BLOCK_TOKENS, BLOCK_TOKENS):
-        before = hash((before, *prompt[start : start + BLOCK_TOKENS]))
-        blocks.append(before)
-    return tuple(blocks)

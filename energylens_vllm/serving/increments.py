@@ -28,6 +28,11 @@ class Report(TypedDict, total=False):
     observe: list[tuple[str, tuple[str, ...], list[float]]]
 
 
+def added(reports: Iterable[Report], name: str) -> float:
+    """What all series of a counter gain in these reports."""
+    return sum(value for report in reports for each, _, value in report.get("add", ()) if each == name)
+
+
 class Increments:
     """Collects what one thread has to report. Not safe for several threads: each has its own."""
 

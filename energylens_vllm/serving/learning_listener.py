@@ -11,7 +11,7 @@ from energylens_vllm.serving.learning import TIME, Learner
 from energylens_vllm.serving.learnt_file import LearntFile
 from energylens_vllm.serving.metrics import LEARNING_STATES
 from energylens_vllm.serving.observer import Step
-from energylens_vllm.serving.pairing import IDLE_GAP_S
+from energylens_vllm.serving.pairing import spans
 from energylens_vllm.serving.predictor import Predictions
 
 #: Times are learnt from so many predicted seconds of steps together. With steps in flight a step's output is taken
@@ -48,10 +48,8 @@ class Learning:
     def _learn_times(self, steps: Sequence[Step], predictions: Predictions) -> None:
         assert predictions.correction is not None
         untimed_s, kind = predictions.correction.untimed_s, predictions.correction.time_kind
-        end_s = np.array([step.end_s for step in steps])
-        start_s = np.array([step.start_s for step in steps])
-        before_s = np.concatenate([[self._last_end_s], end_s[:-1]])
-        measured_s = end_s - np.where(start_s - before_s < IDLE_GAP_S, before_s, start_s)  # as the pairing has it
+        start_s, end_s = spans(steps, self._last_end_s)
+        measured_s = end_s - start_s
         self._last_end_s = float(end_s[-1])
         alone = measured_s <= LONGEST * np.maximum(predictions.time_s, SHORTEST_S)
         self._measured_s += float(measured_s[alone].sum())

@@ -46,6 +46,9 @@ FLAGS = (
     "overlap_not_measured",
     "other",
 )
+#: counters whose ratio says how much faster or slower steps are than predicted
+PREDICTED_TIME = "energylens_predicted_step_time_seconds_total"
+MEASURED_TIME = "energylens_measured_step_time_seconds_total"
 #: where the plugin can fail without harm to serving
 PLACES = ("start", "schedule", "update", "read", "predict", "listen", "report", "export")
 PREDICTOR_STATES = ("ready", "model_unknown", "failed")
@@ -122,13 +125,13 @@ PREDICTION = (
         buckets=_decades(-1, 4)[:-1],
     ),
     Metric(
-        "energylens_predicted_step_time_seconds_total",
+        PREDICTED_TIME,
         "counter",
         "seconds",
         "Predicted duration of the engine's steps.",
     ),
     Metric(
-        "energylens_measured_step_time_seconds_total",
+        MEASURED_TIME,
         "counter",
         "seconds",
         "Measured duration of the steps that were predicted; time without work is not in it.",

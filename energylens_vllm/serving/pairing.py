@@ -211,10 +211,7 @@ class _Timeline:
     def extend(self, steps: Sequence[Step], predictions: Predictions | None) -> None:
         if not steps:
             return
-        end_s = np.array([step.end_s for step in steps])
-        start_s = np.array([step.start_s for step in steps])
-        before_s = np.concatenate([[self.last_end_s], end_s[:-1]])
-        start_s = np.where(start_s - before_s < IDLE_GAP_S, before_s, start_s)
+        start_s, end_s = spans(steps, self.last_end_s)
         joules = np.full((len(steps), len(_COLUMNS)), np.nan)
         if predictions is not None:
             joules = _columns(predictions)
@@ -237,6 +234,15 @@ class _Timeline:
         """Drop the steps that ended before."""
         kept = slice(int(np.searchsorted(self._end_s, before_s)), None)
         self._start_s, self._end_s, self._joules = self._start_s[kept], self._end_s[kept], self._joules[kept]
+
+
+def spans(steps: Sequence[Step], last_end_s: float) -> tuple[Array, Array]:
+    """When each step began and ended; `last_end_s` is when the one before them did. A busy engine's step begins where
+    the one before ends."""
+    end_s = np.array([step.end_s for step in steps])
+    start_s = np.array([step.start_s for step in steps])
+    before_s = np.concatenate([[last_end_s], end_s[:-1]])
+    return np.where(start_s - before_s < IDLE_GAP_S, before_s, start_s), end_s
 
 
 def _columns(predictions: Predictions) -> Array:

@@ -12,9 +12,10 @@ from energylens_vllm.hooks.vllm import transport
 from energylens_vllm.hooks.vllm.deployment import describe as describe_engine
 from energylens_vllm.routing.report import MOST_ENDED, Report, describe
 from energylens_vllm.serving import settings
+from energylens_vllm.serving.increments import added
+from energylens_vllm.serving.metrics import MEASURED_TIME, PREDICTED_TIME
 from energylens_vllm.serving.start import REFERENCE_GPU, gpu_of
 
-PREDICTED, MEASURED = "energylens_predicted_step_time_seconds_total", "energylens_measured_step_time_seconds_total"
 #: Seconds after which steps count 1/e of what they counted at first in the time factor and the rate of prefill.
 MEMORY_S = 10.0
 #: The time factor stays within this factor of 1: beyond it the model says nothing.
@@ -55,12 +56,9 @@ class EngineState(AggregateStatLoggerBase):
         self._heard_s = time.monotonic()
         if scheduler_stats is not None:
             self._kv_usage[engine_idx] = scheduler_stats.kv_cache_usage
-            for report in transport.reports_in(scheduler_stats) or ():
-                for name, _, value in report.get("add", ()):
-                    if name == PREDICTED:
-                        self._predicted_s += value
-                    elif name == MEASURED:
-                        self._measured_s += value
+            reports = transport.reports_in(scheduler_stats) or ()
+            self._predicted_s += added(reports, PREDICTED_TIME)
+            self._measured_s += added(reports, MEASURED_TIME)
         if iteration_stats is not None:
             self._prefilled += iteration_stats.num_prompt_tokens
             for request in iteration_stats.finished_requests:

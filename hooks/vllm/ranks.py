@@ -20,14 +20,14 @@ from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.routing.decisions import Decisions
 from energylens_vllm.routing.ranks import Load, Ranks
 from energylens_vllm.serving import settings
-from energylens_vllm.serving.increments import Report
+from energylens_vllm.serving.increments import Report, added
+from energylens_vllm.serving.metrics import MEASURED_TIME, PREDICTED_TIME
 
 logger = logging.getLogger("energylens_vllm")
 
 LOCKSTEP = (
     "steer_ranks: the ranks of a model with experts run in lockstep, an idle one would save nothing; accepted: false"
 )
-_TIMES = ("energylens_predicted_step_time_seconds_total", "energylens_measured_step_time_seconds_total")
 #: the clients of this process that are steered: the stat logger tells them what it hears
 _steered: weakref.WeakSet[Steering] = weakref.WeakSet()
 
@@ -71,12 +71,8 @@ class Steering:
         ranks = self._ranks.result()
         for request in finished:
             ranks.ended(request.num_prompt_tokens, request.num_generation_tokens)
-        predicted_s, measured_s = (
-            sum(value for report in reports for name, _, value in report.get("add", ()) if name == wanted)
-            for wanted in _TIMES
-        )
         if rank < self._count:
-            ranks.timed(rank, predicted_s, measured_s)
+            ranks.timed(rank, added(reports, PREDICTED_TIME), added(reports, MEASURED_TIME))
 
 
 def install(core_client: ModuleType) -> None:
