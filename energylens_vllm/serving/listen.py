@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def record(observer: StepObserver, settings: Settings, about: Mapping[str, Any],
         deployment = predictor.model.deployment
         note["gpu"], sizes = deployment.gpu, deployment.capture_sizes
     recording = StepRecording(folder, name, note, sizes, observer.clock)
-    atexit.register(forget, folder, name)
+    Finalize(None, forget, (folder, name), exitpriority=0)  # engines are processes of multiprocessing: no `atexit`
     for listener in observer.listeners:
         if isinstance(listener, Measurement):
             listener.watchers.append(recording.read)

@@ -12,11 +12,11 @@ waits for it.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
+from multiprocessing.util import Finalize
 from typing import Any
 
 from energylens_vllm import __version__
@@ -110,7 +110,8 @@ def _send(exporter: Exporter, sender: Any, environ: Mapping[str, str]) -> Record
             meter.create_observable_gauge(_name(metric), [observe], **arguments)
         else:
             record[metric.name] = meter.create_histogram(_name(metric), **arguments).record
-    atexit.register(provider.shutdown, timeout_millis=LAST_WORDS_S * 1e3)
+    # With several API servers each is a process of multiprocessing, which leaves `atexit` out.
+    Finalize(None, provider.shutdown, kwargs={"timeout_millis": LAST_WORDS_S * 1e3}, exitpriority=0)
     return lambda name, value, labels: record[name](value, labels)
 
 
