@@ -6,6 +6,7 @@ downloaded; the shapes are those of the public models. Times are of `time.perf_c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -47,6 +48,16 @@ QWEN3_30B_A3B = QWEN3 | dict(
     architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144,
     moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_hidden_layers=48, num_attention_heads=32,
     num_key_value_heads=4, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+)  # fmt: skip
+DEEPSEEK_V2_LITE = dict(
+    architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", vocab_size=102400, hidden_size=2048,
+    intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16,
+    num_key_value_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+    v_head_dim=128, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1,
+    moe_layer_freq=1, n_group=1, topk_group=1, topk_method="greedy", scoring_func="softmax", norm_topk_prob=False,
+    routed_scaling_factor=1.0, rms_norm_eps=1e-6, max_position_embeddings=163840, rope_theta=10000.0,
+    hidden_act="silu", attention_bias=False, tie_word_embeddings=False, torch_dtype="bfloat16", bos_token_id=0,
+    eos_token_id=1,
 )  # fmt: skip
 GPT_OSS_20B = dict(
     architectures=["GptOssForCausalLM"], model_type="gpt_oss", vocab_size=201088, hidden_size=2880,
@@ -105,14 +116,15 @@ class Engine:
         self._ids: Iterator[int] = itertools.count()
         self._random = np.random.default_rng(0)
 
-    def route_by_token(self) -> None:
-        """Make experts' choice depend on the token, as in a trained model.
+    def route_by_token(self, uneven: bool = False) -> None:
+        """Make experts' choice depend on the token, as in a trained model. `uneven`: some experts of each layer are
+        chosen far more often than others, as in a model trained without balancing them.
 
         vLLM's random weights are so small that a router's bias, or one direction of the hidden state that all tokens
         share, may choose the same experts for all of them. Embeddings and routers get the usual spread here (1 and
         1 / sqrt(fan in)), norms 1 and biases 0; all else stays as it is.
         """
-        self.llm.apply_model(_route_by_token)
+        self.llm.apply_model(functools.partial(_route_by_token, uneven=uneven))
 
     def log(self, text: str) -> None:
         """Print with the seconds since the start."""
@@ -344,11 +356,13 @@ def save(path: pathlib.Path, recorder: Recorder, meter: Meter | Meters, engine: 
     )  # fmt: skip
 
 
-def _route_by_token(model: Any) -> None:
+def _route_by_token(model: Any, uneven: bool) -> None:
     """Runs in each worker; one seed, so that what is replicated stays equal."""
     import torch
 
     random_numbers = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    # What all tokens have in common, and what makes a router like one expert more than another.
+    common = torch.empty(model.config.hidden_size, device=random_numbers.device).normal_(generator=random_numbers)
     for name, weight in model.named_parameters():
         if not weight.numel():  # packed away, as linear layers are on CPUs
             continue
@@ -356,8 +370,13 @@ def _route_by_token(model: Any) -> None:
             weight.data.fill_(1.0)
         elif "embed_tokens" in name or name.endswith("embedding.weight"):  # gpt-oss
             weight.data.normal_(0.0, 1.0, generator=random_numbers)
+            if uneven:
+                weight.data.add_(common.to(weight.dtype))
         elif name.endswith(("mlp.gate.weight", "router.weight")):
             drawn = torch.empty(weight.shape, device=weight.device).normal_(generator=random_numbers)
+            if uneven:  # a token's share of `common` is 1 / sqrt(2), and a router's outputs spread by 1
+                liked = torch.empty(len(weight), 1, device=weight.device).normal_(generator=random_numbers)
+                drawn = drawn + liked * common * weight.shape[-1] ** -0.5
             # What is quantized has a scale of its own; only the order of a router's outputs matters.
             weight.data.copy_(drawn * (64.0 if weight.element_size() == 1 else weight.shape[-1] ** -0.5))
         elif name.endswith("bias"):  # the same for all tokens

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import in_process
+import numpy as np
 from in_process import Engine, Meters, Recorder
 from in_turn import run_in_turn, wait_for_turn
 
@@ -39,13 +40,20 @@ class Points:
     idle_s: float = 1.0
     mix_s: float = 6.0
     route_by_token: bool = False  #: experts are chosen as in a trained model, not as random weights happen to
+    uneven: bool = False  #: with it: some experts are chosen far more often, and the plugin counts how often
 
 
 FAST = Points([(256, (1, 4, 16, 64, 256)), (2048, (8, 32)), (8000, (4, 12))], (64, 512, 2048, 8192), (8,))
 ROUTED = replace(FAST, route_by_token=True)
 SLOW = Points([(256, (1, 8, 32, 64, 128)), (2048, (8, 16)), (8000, (4,))], (64, 512, 2048, 8192), (3,))
 TRIAL = Points([(32, (1, 4))], (64, 512), (4,), mix_s=2.0)
+UNEVEN = replace(FAST, decodes=[(256, (16, 64, 256))], prompts=(2048, 8192), rates=(), route_by_token=True, uneven=True)
+CONTEXT = Points([(256, (1, 16, 128)), (8000, (4, 16, 48))], (2048,), (4,))
 TP2: dict[str, Any] = dict(tensor_parallel_size=2)
+DCP2 = TP2 | dict(decode_context_parallel_size=2)
+EP2 = TP2 | dict(enable_expert_parallel=True)
+#: One KV head, which both GPUs then hold: what decode-context parallelism needs without latent attention.
+LLAMA_MQA = in_process.LLAMA | dict(num_key_value_heads=1)
 LLAMA, QWEN3_30B_A3B = in_process.LLAMA, in_process.QWEN3_30B_A3B
 #: name -> (config, LLM arguments, points)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Points]] = {
@@ -64,9 +72,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Points]] = {
     "llama8b-tp2": (LLAMA, TP2, FAST),
     "qwen32b-tp2": (in_process.QWEN3_32B, TP2, FAST),
     "qwen30b-tp2": (QWEN3_30B_A3B, TP2, ROUTED),
-    "qwen30b-ep2": (QWEN3_30B_A3B, TP2 | dict(enable_expert_parallel=True), ROUTED),
+    "qwen30b-ep2": (QWEN3_30B_A3B, EP2, ROUTED),
+    "qwen30b-uneven-tp2": (QWEN3_30B_A3B, TP2, UNEVEN),
+    "qwen30b-uneven-ep2": (QWEN3_30B_A3B, EP2, UNEVEN),
+    "llama8b-pp2": (LLAMA, dict(pipeline_parallel_size=2), FAST),
+    "deepseek-lite-tp2": (in_process.DEEPSEEK_V2_LITE, TP2, replace(CONTEXT, route_by_token=True)),
+    "deepseek-lite-dcp2": (in_process.DEEPSEEK_V2_LITE, DCP2, replace(CONTEXT, route_by_token=True)),
+    "llama8b-mqa-tp2": (LLAMA_MQA, TP2, CONTEXT),
+    "llama8b-mqa-dcp2": (LLAMA_MQA, DCP2, CONTEXT),
     # A trial on vLLM's CPU build.
     "tiny": (in_process.TINY["qwen3"], in_process.ON_CPU, TRIAL),
+    "tiny-uneven": (in_process.TINY["qwen3_moe"], in_process.ON_CPU, replace(TRIAL, route_by_token=True, uneven=True)),
     "tiny-routed": (in_process.TINY["qwen3_moe"], in_process.ON_CPU, replace(TRIAL, route_by_token=True)),
 }
 
@@ -78,10 +94,13 @@ class Recording:
         config, arguments, self._points = CASES[name]
         self._out, self._name, self._window_s = out, name, window_s
         # First: without NVML there is no need to wait for an engine.
-        self._meter = Meters(arguments.get("tensor_parallel_size", 1))
+        self._meter = Meters(arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1))
+        if self._points.uneven:
+            setting = {"learn_expert_routing": True, "report_interval_s": 1}
+            arguments = arguments | dict(additional_config={"energylens": setting}, disable_log_stats=False)
         self.engine = Engine(config, max_model_len=16384, **in_process.ON_GPU | arguments)
         if self._points.route_by_token:
-            self.engine.route_by_token()
+            self.engine.route_by_token(self._points.uneven)
         self.engine.log(f"ready, {self.engine.kv_tokens} KV tokens")
         self._recorder = Recorder(self.engine)
         self._recorder.attach()
@@ -102,7 +121,22 @@ class Recording:
         self._idle(points.idle_s)
         self._meter.stop()
         self._save()
+        if self._points.uneven:
+            self._save_counts()
         self.engine.log("done")
+
+    def _save_counts(self) -> None:
+        """What the plugin has counted, as `--expert-routing` takes it, and the tokens that went through the layers."""
+        from energylens_vllm.hooks.vllm.expert_counts import PUBLISH_S
+        from energylens_vllm.serving.expert_counts import Reader, folder
+
+        time.sleep(PUBLISH_S + 1.0)  # the last are published
+        counts = Reader(folder(self.engine.llm_engine.vllm_config.instance_id, 0))()
+        assert counts is not None, "nothing was counted: log.txt says why"
+        np.save(self._out / f"{self._name}_counts.npy", counts.selections)
+        tokens = int(self._recorder.arrays()["n"].sum())
+        chosen = counts.selections.sum(axis=1) / counts.selected
+        self.engine.log(f"{tokens} tokens, counted in each layer {sorted(set(chosen.tolist()))}")
 
     def _idle(self, seconds: float) -> None:
         self._recorder.phase = "idle"

@@ -1,6 +1,6 @@
-"""Collectives that vLLM issues with two tensor-parallel ranks on a CPU:  python traced_collectives.py MODEL
+"""Collectives that vLLM issues with two tensor-parallel ranks:  python traced_collectives.py MODEL [LLM'S ARGUMENTS]
 
-Prints JSON: for each step its tokens, its requests and the calls of one worker, as [operation, group, ranks, bytes of
+The arguments are a JSON object. Prints JSON: for each step its tokens, its requests and the calls of one worker, as [operation, group, ranks, bytes of
 the message].
 """
 
@@ -61,11 +61,10 @@ class Tracer:
         return self.traced
 
 
-def main(model: str) -> None:
+def main(model: str, arguments: str = "{}") -> None:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        model,
+    fixed = dict(
         load_format="dummy",
         tensor_parallel_size=2,
         enforce_eager=True,
@@ -73,6 +72,7 @@ def main(model: str) -> None:
         max_num_seqs=4,
         worker_extension_cls="traced_collectives.Tracer",
     )
+    llm = LLM(model, **fixed | json.loads(arguments))
     llm.collective_rpc("start_trace")
     prompts = [{"prompt_token_ids": list(range(12))}, {"prompt_token_ids": list(range(20, 25))}]
     llm.generate(prompts, SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
