@@ -1,7 +1,7 @@
 """Collectives that vLLM issues with two tensor-parallel ranks:  python traced_collectives.py MODEL [LLM'S ARGUMENTS]
 
-The arguments are a JSON object. Prints JSON: for each step its tokens, its requests and the calls of one worker, as [operation, group, ranks, bytes of
-the message].
+The arguments are a JSON object. Prints JSON: for each step its tokens, its requests and the calls of one worker, as
+[operation, group, ranks, bytes of the message].
 """
 
 from __future__ import annotations
