@@ -43,7 +43,7 @@ COUNTED_S, TIMED_S, SETTLE_S = 0.85, 0.12, 0.22
 #: From the start: when no further point begins, and when the ranks are ended.
 BUDGET_S, LIMIT_S = 78.0, 100.0
 #: Launches of kernels and events enqueued at a time; a stage takes four.
-MOST_ENQUEUED = 240
+MOST_ENQUEUED = 160
 #: What NCCL takes if it is not limited, and the GEMM leaves it: communication_power_w is of as many
 #: (energy/overlap.py: DRIVING_SMS).
 UNLIMITED_SMS = 24
