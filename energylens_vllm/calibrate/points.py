@@ -112,8 +112,8 @@ def expected(point: Point, profile: GpuProfile, clock: float = 1.0, time_s: floa
     else:
         step, steps = _alone(point, p)
         work, _ = step._work(steps)
-        launch_s = float(work.time_s[0] + work.clocked_s[0] * (1 / clock - 1))
-        memory_j, core_j = (sum(float(j[0]) for j in part.values()) for part in (work.memory_j, work.core_j))
+        launch_s = float(work.time_s[0, 0] + work.clocked_s[0, 0] * (1 / clock - 1))
+        memory_j, core_j = (sum(float(j[0, 0]) for j in part.values()) for part in (work.memory_j, work.core_j))
     joules = memory_j * (1 - on_chip + on_chip * voltage_squared) + core_j * voltage_squared
     return Expected(launch_s, static_w + joules / (launch_s if time_s is None else time_s))
 
@@ -123,7 +123,7 @@ def operating_clock(point: Point, profile: GpuProfile) -> float:
     if point.kind in ("idle", "spin", "memory"):
         return 1.0
     step, steps = _alone(point, profile)
-    return float(step.evaluate(steps).clock[0])
+    return float(step.evaluate(steps).clock[0, 0])
 
 
 def _alone(point: Point, profile: GpuProfile) -> tuple[GpuStep, Steps]:
@@ -132,7 +132,7 @@ def _alone(point: Point, profile: GpuProfile) -> tuple[GpuStep, Steps]:
         nothing = {"linear.fp8.quantize_passes": 0.0, "linear.fp8.dispatch_s": 0.0}
         profile = profile.with_values(nothing, "not measured")
     kernels, form, masks = _kernels(point)
-    step = GpuStep(kernels, masks, profile, form, (), loads=_loads(profile.small_expert_tiles))
+    step = GpuStep([kernels], masks, profile, form, (), loads=_loads(profile.small_expert_tiles))
     return step, _steps(point, masks)
 
 

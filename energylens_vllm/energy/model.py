@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -132,26 +133,24 @@ class EnergyModel:
             deployment.tensor_parallel_size,
             fp8=form is not None and form.kernel == "fp8_block",  # vLLM dispatches others in 16 bits
         )
-        launched = [
+        unlike = Counter(
             tuple(replace(kernel, stage=0) for kernel in kernels if kernel.stage == stage) for stage in range(mesh.pp)
-        ]
-        alike = {
-            each: self._gpu_step(
-                overlap,
-                each,
-                self.masks,
-                self.profile,
-                form,
-                deployment.capture_sizes,
-                deployment.power_limit_w,
-                deployment.async_scheduling,
-                element.kv_cache,
-                self._loads,
-                self._exchange,
-            )
-            for each in dict.fromkeys(launched)
-        }
-        self._stages = [alike[each] for each in launched]
+        )
+        self._gpu = self._gpu_step(
+            overlap,
+            list(unlike),
+            self.masks,
+            self.profile,
+            form,
+            deployment.capture_sizes,
+            deployment.power_limit_w,
+            deployment.async_scheduling,
+            element.kv_cache,
+            self._loads,
+            self._exchange,
+        )
+        #: GPUs of each unlike stage, of shape (S, 1)
+        self._gpus = deployment.tensor_parallel_size * np.array(list(unlike.values()), dtype=np.float64)[:, None]
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
         if overlap is not None:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
@@ -169,15 +168,13 @@ class EnergyModel:
         """The same model with other factors; what is compiled is shared, so it costs microseconds."""
         other = copy.copy(self)
         other.factors = factors
-        changed = {stage: stage.with_factors(factors) for stage in dict.fromkeys(self._stages)}
-        other._stages = [changed[stage] for stage in self._stages]
+        other._gpu = self._gpu.with_factors(factors)
         return other
 
     def predict(self, steps: Steps) -> Predictions:
         """N steps of one data-parallel rank. With pipeline parallelism the pipeline is taken to be full: a step ends
         each time the slowest stage does. Ranks that share experts are taken to have like batches."""
-        evaluated = {stage: stage.evaluate(steps) for stage in dict.fromkeys(self._stages)}  # alike ones once
-        return self._together(steps, [evaluated[stage] for stage in self._stages])
+        return self._together(steps, self._gpu.evaluate(steps))
 
     def step(self, requests: Sequence[tuple[int, int]], decode: Sequence[bool] | None = None) -> StepPrediction:
         """One engine step over the whole deployment, of requests (num_new_tokens, num_computed_tokens).
@@ -269,37 +266,33 @@ class EnergyModel:
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def _together(self, steps: Steps, stages: Sequence[Evaluated]) -> Predictions:
-        tensor_ranks = self.deployment.tensor_parallel_size
-        gpu_s = np.max([stage.gpu_s for stage in stages], axis=0)
-        host_s = np.max([stage.host_s for stage in stages], axis=0)
-        time_s = np.maximum(gpu_s, host_s) + stages[0].serial_s
-        waiting_s = np.max([stage.waiting_s for stage in stages], axis=0)
+    def _together(self, steps: Steps, stages: Evaluated) -> Predictions:
+        gpu_s, host_s, waiting_s = (each.max(axis=0) for each in (stages.gpu_s, stages.host_s, stages.waiting_s))
+        time_s = np.maximum(gpu_s, host_s) + stages.serial_s
         # Where the host is what bounds the step, waiting makes it no longer.
         longer_s = np.maximum(gpu_s, host_s) - np.maximum(gpu_s - waiting_s, host_s)
+
+        def total(of_stages: Array) -> Array:
+            return np.asarray((self._gpus * of_stages).sum(axis=0))
+
+        static_w = total(stages.static_w)
         components = {name: np.zeros_like(time_s) for name in COMPONENTS}
-        prefill_j = np.zeros_like(time_s)
-        for stage in stages:
-            busy_j = np.zeros_like(time_s)
-            for name, joules in stage.components.items():
-                components[name] += tensor_ranks * joules
-                busy_j = busy_j + tensor_ranks * joules
-            components["static"] += tensor_ranks * stage.static_w * gpu_s
-            components["host_gap"] += tensor_ranks * stage.static_w * (time_s - gpu_s)
-            prefill_j += stage.prefill_share * busy_j
-        above_static = np.sum([components[name] for name in COMPONENTS if name not in ("static", "host_gap")], axis=0)
+        components |= {name: total(joules) for name, joules in stages.components.items()}
+        components |= {"static": static_w * gpu_s, "host_gap": static_w * (time_s - gpu_s)}
+        busy_j = sum(stages.components.values(), np.zeros_like(stages.gpu_s))
+        above_static, prefill_j = total(busy_j), total(stages.prefill_share * busy_j)
         energy_j = above_static + components["static"] + components["host_gap"]
         share = np.divide(prefill_j, above_static, out=np.zeros_like(energy_j), where=above_static > 0)
         share = np.minimum(share, 1.0)  # by rounding it may exceed 1, and then decode would be negative
         # Static power is shared as the rest is: a step in which prefill did most of the work is mostly prefill's.
         prefill = np.where(steps.decode_tokens > 0, share, 1.0) * energy_j
-        communication_s = np.max([stage.communication_s for stage in stages], axis=0)
+        communication_s = stages.communication_s.max(axis=0)
         communicating = self._less_sure * communication_s / np.maximum(time_s, 1e-12)
         relative_s, relative_j = self._uncertainty.relative(steps, communicating)
         return Predictions(
             time_s=time_s,
-            gpu_s=gpu_s + stages[0].serial_s,
-            host_s=host_s + stages[0].serial_s,
+            gpu_s=gpu_s + stages.serial_s,
+            host_s=host_s + stages.serial_s,
             energy_j=energy_j,
             components=components,
             phases={"prefill": prefill, "decode": energy_j - prefill},
@@ -307,11 +300,11 @@ class EnergyModel:
             high_s=time_s * (1 + relative_s),
             low_j=energy_j / (1 + relative_j),
             high_j=energy_j * (1 + relative_j),
-            clock=np.min([stage.clock for stage in stages], axis=0),
+            clock=stages.clock.min(axis=0),
             communication_s=communication_s,
             waiting_s=waiting_s,
-            waste_j=tensor_ranks * np.sum([stage.static_w for stage in stages], axis=0) * longer_s,
-            padding_j=tensor_ranks * np.sum([stage.padding_j for stage in stages], axis=0),
+            waste_j=static_w * longer_s,
+            padding_j=total(stages.padding_j),
             flags=self.flags,
         )
 

@@ -155,22 +155,23 @@ class StagedStep(GpuStep):
 
     def __init__(self, overlap: Overlap, collectives: Collectives, exchanges: ExpertExchanges, *arguments: Any) -> None:
         super().__init__(*arguments)
-        kernels, masks, profile, *rest = arguments
+        stages, masks, profile, *rest = arguments
         self.overlap, self.collectives, self.expert_exchanges = overlap, collectives, exchanges
-        self.beside = GpuStep(kernels, masks, on_fewer_sms(profile, overlap.sms), *rest)
+        self.beside = GpuStep(stages, masks, on_fewer_sms(profile, overlap.sms), *rest)
 
     def _add_kernels(self, work: Work, kernels: Sequence[Kernel], rows: Array) -> None:
         for item in pairs(kernels):
             if isinstance(item, Pair):
-                self._add_pair(work, item, rows)
+                work.add(self.counts[item.collective], self._pair(item, rows))
             else:
-                self._add_kernel(work, item, rows)
+                super()._add_kernels(work, [item], rows)
 
-    def _add_pair(self, work: Work, pair: Pair, rows: Array) -> None:
-        stages, count = self.overlap.stages, pair.collective.count
+    def _pair(self, pair: Pair, rows: Array) -> Work:
+        """One launch of each of its kernels, in stages."""
+        stages = self.overlap.stages
         part = Work(rows)
         for kernel in pair.compute:
-            self.beside._add_kernel(part, replace(kernel, count=1), rows / stages)
+            self.beside._add_kernel(part, kernel, rows / stages)
         message = per_token(pair.collective.activation_bytes, rows / stages)
         gpu, sms = self.profile.name, self.overlap.sms
         sent = driven_by(self.collectives, gpu, sms, pair.collective, message, self.expert_exchanges)
@@ -178,14 +179,15 @@ class StagedStep(GpuStep):
         time_s = part.time_s + (stages - 1) * longer + sent.time_s
         # What follows the clock: the first part, and the others while computation is the longer of the two.
         clocked_s = part.clocked_s * np.where(part.time_s >= sent.time_s, stages, 1)
-        work.add(count, Timed(time_s, clocked_s))
-        work.communication_s = work.communication_s + count * (time_s - stages * part.time_s)
-        work.waiting_s = work.waiting_s + count * stages * part.waiting_s
-        work.padding_j = work.padding_j + count * stages * part.padding_j
-        for into, joules in ((work.memory_j, part.memory_j), (work.core_j, part.core_j)):
+        launch = Work(rows)
+        launch.run(Timed(time_s, clocked_s))
+        launch.communication_s = time_s - stages * part.time_s
+        launch.waiting_s, launch.padding_j = stages * part.waiting_s, stages * part.padding_j
+        for into, joules in ((launch.memory_j, part.memory_j), (launch.core_j, part.core_j)):
             for name, value in joules.items():
-                work.spend(into, name, count * stages * value)
-        work.spend(work.memory_j, "communication", count * stages * sent.energy_j)
+                launch.spend(into, name, stages * value)
+        launch.spend(launch.memory_j, "communication", stages * sent.energy_j)
+        return launch
 
 
 class DualBatchStep(GpuStep):
@@ -195,11 +197,13 @@ class DualBatchStep(GpuStep):
         self, overlap: DualBatch, collectives: Collectives, exchanges: ExpertExchanges, *arguments: Any
     ) -> None:
         super().__init__(*arguments)
-        kernels, masks, profile, *rest = arguments
+        stages, masks, profile, *rest = arguments
         self.overlap, self.collectives, self.expert_exchanges = overlap, collectives, exchanges
         left = on_fewer_sms(profile, overlap.sms)
-        self.compute = GpuStep([k for k in kernels if k.family != "collective"], masks, left, *rest)
-        self.exchanges = GpuStep([k for k in kernels if k.family == "collective"], masks, profile, *rest)
+        computing = [[kernel for kernel in kernels if kernel.family != "collective"] for kernels in stages]
+        sending = [[kernel for kernel in kernels if kernel.family == "collective"] for kernels in stages]
+        self.compute = GpuStep(computing, masks, left, *rest)
+        self.exchanges = GpuStep(sending, masks, profile, *rest)
         self.exchanges.collective = self._driven
 
     def _driven(self, kernel: Kernel, message_bytes: Array) -> Exchanged:

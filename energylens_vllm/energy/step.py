@@ -1,7 +1,8 @@
-"""The step model of one GPU: kernels and a profile, and any number of steps evaluated in closed form.
+"""The step model of GPUs: kernels and a profile, and any number of steps evaluated in closed form.
 
 Work that depends on the tokens of a step alone (linear layers, experts, elementwise kernels, collectives) is evaluated
-once for each different number of tokens; attention is evaluated for each step. Then `power.operate` finds the clock.
+once for each different number of tokens; attention is evaluated for each step. Pipeline stages launch the same kernels,
+only not as often, so one launch is evaluated for all stages. Then `power.operate` finds each stage's clock.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Exchanged(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """N steps of one GPU; every array has shape (N,).
+    """N steps of a GPU of each of S unlike pipeline stages; every array has shape (S, N), `serial_s` (N,).
 
     `gpu_s` is how long its kernels take at `clock` (relative to the top clock); `host_s` how long the host needs to
     launch them, beside the GPU; `serial_s` the host's work between steps, in which the GPU waits. Components (without
@@ -58,7 +59,7 @@ class Evaluated:
 
 
 class Work:
-    """Seconds and joules that kernels add up to, each of one shape (N,)."""
+    """Seconds and joules that kernels add up to: of one launch each of one shape (N,), of S stages of (S, N)."""
 
     def __init__(self, like: Array) -> None:
         nothing = np.zeros_like(like)  # one for all: sums make new arrays
@@ -66,20 +67,27 @@ class Work:
         self.memory_j: dict[str, Array] = {}  #: HBM and links; only a share of it follows the core voltage
         self.core_j: dict[str, Array] = {}  #: arithmetic; follows the core voltage
 
-    def add(self, count: float, timed: Timed) -> None:
-        self.time_s = self.time_s + count * timed.time_s
-        self.clocked_s = self.clocked_s + count * timed.clocked_s
+    def run(self, timed: Timed) -> None:
+        self.time_s = self.time_s + timed.time_s
+        self.clocked_s = self.clocked_s + timed.clocked_s
 
     def spend(self, into: dict[str, Array], name: str, joules: Array) -> None:
         into[name] = into[name] + joules if name in into else joules
 
+    def add(self, counts: Array, launch: Work) -> None:
+        """Add `launch` as often as each stage has it; `counts` is of shape (S, 1)."""
+        self._add(launch, lambda values: counts * values)
+
     def take(self, other: Work, index: Integers) -> None:
         """Add `other`, whose entry index[i] belongs to step i."""
+        self._add(other, lambda values: values[..., index])
+
+    def _add(self, other: Work, made: Callable[[Array], Array]) -> None:
         for name in ("time_s", "clocked_s", "communication_s", "waiting_s", "padding_j"):
-            setattr(self, name, getattr(self, name) + getattr(other, name)[index])
+            setattr(self, name, getattr(self, name) + made(getattr(other, name)))
         for mine, theirs in ((self.memory_j, other.memory_j), (self.core_j, other.core_j)):
             for name, joules in theirs.items():
-                self.spend(mine, name, joules[index])
+                self.spend(mine, name, made(joules))
 
 
 def per_token(terms: Terms, rows: Array) -> Array:
@@ -89,7 +97,8 @@ def per_token(terms: Terms, rows: Array) -> Array:
 
 
 class GpuStep:
-    """One GPU of one pipeline stage. `masks` is the order that `Steps.attention` must have.
+    """A GPU of each of S unlike pipeline stages, of which `stages` has the kernels. `masks` is the order that
+    `Steps.attention` must have.
 
     `loads` gives the experts' loads of a kernel for a number of tokens (needed with expert kernels), `collective` the
     cost of a collective kernel for message sizes (needed with collectives).
@@ -97,7 +106,7 @@ class GpuStep:
 
     def __init__(
         self,
-        kernels: Sequence[Kernel],
+        stages: Sequence[Sequence[Kernel]],
         masks: Sequence[Mask],
         profile: GpuProfile,
         form: Format | None,
@@ -109,9 +118,20 @@ class GpuStep:
         collective: Callable[[Kernel, Array], Exchanged] | None = None,
     ) -> None:
         self.profile, self.form, self.loads, self.collective = profile, form, loads, collective
-        self.masks = tuple(masks)
+        self.masks, self.stages = tuple(masks), len(stages)
         self.decode_kernel = "attention.decode" if kv_cache_bytes > 1 else "attention.decode_fp8"
         self.capture_sizes = np.array(sorted(capture_sizes), dtype=np.float64)
+        launches: dict[Kernel, list[int]] = {}
+        for index, kernels in enumerate(stages):
+            for kernel in kernels:
+                counts = launches.setdefault(replace(kernel, stage=0, count=1), [0] * self.stages)
+                counts[index] += kernel.count
+        #: how often each stage launches a kernel, of shape (S, 1); the kernel's own count is the largest of them
+        self.counts = {
+            replace(kernel, count=max(counts)): np.array(counts, dtype=np.float64)[:, None]
+            for kernel, counts in launches.items()
+        }
+        kernels = list(self.counts)
         self.attention = [k for k in kernels if k.attention is not None]
         rest = [k for k in kernels if k.attention is None]
         self.by_keys = [k for k in rest if k.gemm is not None and k.gemm.rows == "keys"]
@@ -122,9 +142,11 @@ class GpuStep:
         }
         #: seconds in which the host launches what CUDA graphs would replay: attention, which only full graphs (pure
         #: decodes) hold, and everything else
-        self.attention_launch_s = profile["host.attention_s"] * sum(k.count for k in self.attention)
+        none = np.zeros((self.stages, 1))
+        self.attention_launch_s = profile["host.attention_s"] * sum((self.counts[k] for k in self.attention), none)
         self.other_launch_s = sum(
-            k.count * profile["host.experts_s" if k.family == "experts" else "host.launch_s"] for k in rest
+            (self.counts[k] * profile["host.experts_s" if k.family == "experts" else "host.launch_s"] for k in rest),
+            none,
         )
         #: whether each GPU's worker is a process of its own, as the executors for several GPUs have it
         self.worker_processes = any(k.collective is not None and k.collective.axis in ("tp", "pp") for k in kernels)
@@ -160,7 +182,7 @@ class GpuStep:
         return np.where(index <= largest, self.capture_sizes[np.minimum(index, largest)], tokens)
 
     def evaluate(self, steps: Steps) -> Evaluated:
-        """Time and energy of N steps on this GPU."""
+        """Time and energy of N steps on a GPU of each stage."""
         p = self.profile
         prefill_tokens = steps.tokens - steps.decode_tokens
         work, prefill_j = self._work(steps)
@@ -206,7 +228,7 @@ class GpuStep:
 
     def _work(self, steps: Steps) -> tuple[Work, Array]:
         """All kernels' seconds and joules at the top clock, and the joules of prefill's attention."""
-        work = Work(steps.tokens)
+        work = Work(np.zeros((self.stages, len(steps))))
         prefill_tokens = steps.tokens - steps.decode_tokens
         self._add_rows(work, self.by_tokens["all"], self.padded(steps.tokens))
         self._add_rows(work, self.by_tokens["prefill"], prefill_tokens)
@@ -245,18 +267,21 @@ class GpuStep:
         group = Work(different)
         self._add_kernels(group, kernels, different)
         if different[0] == 0:  # nothing is launched for no rows
-            group.time_s[0] = group.clocked_s[0] = group.communication_s[0] = 0.0
-            group.waiting_s[0] = group.padding_j[0] = 0.0
+            group.time_s[..., 0] = group.clocked_s[..., 0] = group.communication_s[..., 0] = 0.0
+            group.waiting_s[..., 0] = group.padding_j[..., 0] = 0.0
             for joules in (*group.memory_j.values(), *group.core_j.values()):
-                joules[0] = 0.0
+                joules[..., 0] = 0.0
         work.take(group, index)
 
     def _add_kernels(self, work: Work, kernels: Sequence[Kernel], rows: Array) -> None:
         """Add kernels in the order in which they run."""
         for kernel in kernels:
-            self._add_kernel(work, kernel, rows)
+            launch = Work(rows)
+            self._add_kernel(launch, kernel, rows)
+            work.add(self.counts[kernel], launch)
 
     def _add_kernel(self, work: Work, kernel: Kernel, rows: Array) -> None:
+        """Add one launch."""
         if kernel.family == "linear":
             flops, activation_bytes = per_token(kernel.flops, rows), per_token(kernel.activation_bytes, rows)
             self._add_linear(work, kernel, rows, flops, activation_bytes)
@@ -272,18 +297,20 @@ class GpuStep:
         prefill_j = np.zeros_like(steps.tokens)
         for kernel in self.attention:
             assert kernel.attention is not None
-            load = steps.attention[self.masks.index(kernel.attention.mask)]
+            load, launch = steps.attention[self.masks.index(kernel.attention.mask)], Work(steps.tokens)
             if kernel.phase != "decode":
-                prefill_j = prefill_j + self._add_prefill_attention(work, kernel, load, steps)
+                joules = self._add_prefill_attention(launch, kernel, load, steps)
+                prefill_j = prefill_j + self.counts[kernel] * joules
             if kernel.phase != "prefill":
-                self._add_decode_attention(work, kernel, steps, load)
+                self._add_decode_attention(launch, kernel, steps, load)
+            work.add(self.counts[kernel], launch)
         for kernel in self.by_keys:  # up-projection of all cached latents (MLA), for prefill
-            load = steps.attention[0]
-            keys = load.prefill_keys
-            self._add_linear(work, kernel, keys, kernel.flops.keys * keys, kernel.activation_bytes.keys * keys)
+            keys, launch = steps.attention[0].prefill_keys, Work(steps.tokens)
+            self._add_linear(launch, kernel, keys, kernel.flops.keys * keys, kernel.activation_bytes.keys * keys)
+            work.add(self.counts[kernel], launch)
         return prefill_j
 
-    # -- one kernel each ------------------------------------------------------------------------------------------
+    # -- one launch each ------------------------------------------------------------------------------------------
 
     def _hbm(self, activation_bytes: Array) -> Array:
         """Activation bytes that reach HBM: what fits the L2 cache stays there (a smooth corner at its size)."""
@@ -295,11 +322,11 @@ class GpuStep:
         p, form = self.profile, kernel_format(self.form, kernel)
         assert kernel.gemm is not None
         moved = self._hbm(activation_bytes)
-        work.add(kernel.count, kernel_time.linear(p, form, kernel, rows, flops, moved))
+        work.run(kernel_time.linear(p, form, kernel, rows, flops, moved))
         byte_j = p["energy.memory_j_per_byte"]
-        work.spend(work.memory_j, "weights", np.where(rows > 0, kernel.count * byte_j * kernel.weight_bytes, 0.0))
-        work.spend(work.memory_j, "activations", kernel.count * byte_j * moved)
-        work.spend(work.core_j, "linear", kernel.count * p[f"energy.{form}.j_per_flop"] * flops)
+        work.spend(work.memory_j, "weights", np.where(rows > 0, byte_j * kernel.weight_bytes, 0.0))
+        work.spend(work.memory_j, "activations", byte_j * moved)
+        work.spend(work.core_j, "linear", p[f"energy.{form}.j_per_flop"] * flops)
 
     def _add_experts(self, work: Work, kernel: Kernel, tokens: Array) -> None:
         p, form, shape = self.profile, kernel_format(self.form, kernel), kernel.experts
@@ -322,42 +349,41 @@ class GpuStep:
                 (loads.active, loads.padded_rows),
             )
         )
-        work.add(kernel.count, hottest)
-        work.waiting_s = work.waiting_s + kernel.count * (hottest.time_s - mean.time_s)
+        work.run(hottest)
+        work.waiting_s = work.waiting_s + (hottest.time_s - mean.time_s)
         weights = kernel.weight_bytes * loads.active / shape.local
         flops_per_row: Array = np.divide(
             per_token(kernel.flops, tokens), loads.rows, out=np.zeros_like(tokens), where=loads.rows > 0
         )
         wasted = empty_share * np.maximum(loads.padded_rows - loads.rows, 0.0)
         byte_j = p["energy.memory_j_per_byte"]
-        work.spend(work.memory_j, "weights", kernel.count * byte_j * weights)
-        work.spend(work.memory_j, "activations", kernel.count * byte_j * moved)
-        row_j = kernel.count * p[f"energy.{form}.j_per_flop"] * flops_per_row
+        work.spend(work.memory_j, "weights", byte_j * weights)
+        work.spend(work.memory_j, "activations", byte_j * moved)
+        row_j = p[f"energy.{form}.j_per_flop"] * flops_per_row
         work.padding_j = work.padding_j + row_j * wasted
         work.spend(work.core_j, "experts", row_j * (loads.rows + wasted))
 
     def _add_elementwise(self, work: Work, kernel: Kernel, rows: Array) -> None:
         moved = self._hbm(per_token(kernel.activation_bytes, rows))
-        work.add(kernel.count, kernel_time.elementwise(self.profile, moved))
-        work.spend(work.memory_j, "activations", kernel.count * self.profile["energy.memory_j_per_byte"] * moved)
+        work.run(kernel_time.elementwise(self.profile, moved))
+        work.spend(work.memory_j, "activations", self.profile["energy.memory_j_per_byte"] * moved)
 
     def _add_decode_attention(self, work: Work, kernel: Kernel, steps: Steps, load: Attention) -> None:
         p, shape = self.profile, kernel.attention
         assert shape is not None
         self._add_scores(work, kernel, load.decode_pairs)
         read = load.decode_keys * kernel.kv_read_bytes.keys
-        work.add(
-            kernel.count,
+        work.run(
             kernel_time.attention_decode(
                 p, self.decode_kernel, shape, steps.decode_sequences, load.decode_keys, kernel.kv_read_bytes.keys
-            ),
+            )
         )
         written = kernel.kv_write_bytes.tokens * steps.decode_tokens
-        work.spend(work.memory_j, "kv_cache", kernel.count * p["energy.memory_j_per_byte"] * (read + written))
+        work.spend(work.memory_j, "kv_cache", p["energy.memory_j_per_byte"] * (read + written))
         # The query heads that share a KV head fill one tile; its empty rows are computed all the same.
         packing = max(1.0, p["attention.decode.tile_rows"] / (shape.heads / shape.kv_heads))
         flop_j = p["energy.attention.j_per_flop"] * kernel.flops.pairs * packing
-        work.spend(work.core_j, "attention", kernel.count * flop_j * load.decode_pairs)
+        work.spend(work.core_j, "attention", flop_j * load.decode_pairs)
 
     def _add_prefill_attention(self, work: Work, kernel: Kernel, load: Attention, steps: Steps) -> Array:
         """Add it; returns its joules."""
@@ -367,12 +393,11 @@ class GpuStep:
         tokens, sequences = steps.tokens - steps.decode_tokens, steps.sequences - steps.decode_sequences
         # A prefill reads its own fresh keys from cache; the keys of earlier chunks come from HBM.
         earlier = np.maximum(load.prefill_keys - tokens, 0.0) * kernel.kv_read_bytes.keys
-        work.add(
-            kernel.count,
-            kernel_time.attention_prefill(p, shape, sequences, tokens, load.prefill_pairs, kernel.flops.pairs, earlier),
+        work.run(
+            kernel_time.attention_prefill(p, shape, sequences, tokens, load.prefill_pairs, kernel.flops.pairs, earlier)
         )
-        memory_j = kernel.count * p["energy.memory_j_per_byte"] * (earlier + kernel.kv_write_bytes.tokens * tokens)
-        core_j = kernel.count * p["energy.attention.j_per_flop"] * kernel.flops.pairs * load.prefill_pairs
+        memory_j = p["energy.memory_j_per_byte"] * (earlier + kernel.kv_write_bytes.tokens * tokens)
+        core_j = p["energy.attention.j_per_flop"] * kernel.flops.pairs * load.prefill_pairs
         work.spend(work.memory_j, "kv_cache", memory_j)
         work.spend(work.core_j, "attention", core_j)
         return np.asarray(memory_j + core_j)
@@ -383,15 +408,15 @@ class GpuStep:
             moved = self._hbm(kernel.activation_bytes.pairs * pairs)
             p = self.profile
             seconds = moved / (p["memory.bandwidth_bytes_per_s"] * p["elementwise.memory_efficiency"])
-            work.add(kernel.count, Timed(seconds, np.zeros_like(pairs)))
-            work.spend(work.memory_j, "activations", kernel.count * p["energy.memory_j_per_byte"] * moved)
+            work.run(Timed(seconds, np.zeros_like(pairs)))
+            work.spend(work.memory_j, "activations", p["energy.memory_j_per_byte"] * moved)
 
     def _add_collective(self, work: Work, kernel: Kernel, rows: Array) -> None:
         assert self.collective is not None
         cost = self.collective(kernel, per_token(kernel.activation_bytes, rows))
-        work.add(kernel.count, Timed(cost.time_s, np.zeros_like(rows)))
-        work.communication_s = work.communication_s + kernel.count * cost.time_s
-        work.spend(work.memory_j, "communication", kernel.count * cost.energy_j)
+        work.run(Timed(cost.time_s, np.zeros_like(rows)))
+        work.communication_s = work.communication_s + cost.time_s
+        work.spend(work.memory_j, "communication", cost.energy_j)
 
 
 #: Whole numbers up to this are told apart by a table, which takes no sorting.
