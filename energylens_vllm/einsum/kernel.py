@@ -41,7 +41,11 @@ class Mesh:
     """Parallel degrees. `ep` ranks hold different experts; vLLM makes it tp * dp when expert parallelism is on, and 1
     otherwise. With dp > 1 tokens reach the experts of other data-parallel ranks by all-gather and come back by
     reduce-scatter; with `all2all` (vLLM's DeepEP and other all2all backends) expert parallelism exchanges only the
-    tokens that are wanted. `redundant_experts` are copies for load balancing (vLLM's EPLB)."""
+    tokens that are wanted. `redundant_experts` are copies for load balancing (vLLM's EPLB).
+
+    `dcp` of the tp ranks share out each request's KV cache (decode context parallelism). Their partial outputs are
+    put together by an all-gather of log-sum-exps and a reduce-scatter, or with `dcp_a2a` by one all-to-all; with
+    `dcp_q_replicate` each computes the queries of all of them instead of gathering them."""
 
     tp: int = 1
     pp: int = 1
@@ -49,6 +53,9 @@ class Mesh:
     ep: int = 1
     all2all: bool = False
     redundant_experts: int = 0
+    dcp: int = 1
+    dcp_a2a: bool = False
+    dcp_q_replicate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +79,15 @@ class GemmShape:
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Heads of one GPU. MLA: `kv_heads` 1 and `head_dim` that of the latent plus rope part."""
+    """Heads of one GPU. MLA: `kv_heads` 1 and `head_dim` that of the latent plus rope part. The GPU has every
+    `context_parts`-th key of a request."""
 
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
     mask: Mask = Mask()
+    context_parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +108,7 @@ class CollectiveShape:
     """
 
     op: CollectiveOp
-    axis: Literal["tp", "ep", "dp", "pp"]
+    axis: Literal["tp", "ep", "dp", "pp", "dcp"]
     size: int
 
 
@@ -128,3 +137,6 @@ class Kernel:
     collective: CollectiveShape | None = None
     stage: int = 0  #: pipeline stage
     phase: Phase = "all"  #: the requests whose tokens, pairs and keys the terms count (MLA runs other kernels in each)
+    #: part of attention over a context that is split over dcp, not of what surrounds it: launched only where a request
+    #: has a context, and by Python unless a CUDA graph holds the whole step
+    split_context: bool = False

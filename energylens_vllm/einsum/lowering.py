@@ -3,7 +3,7 @@
 Walks a block's einsums in order and keeps, for every activation, how it lies. Where an einsum needs an operand in
 another layout, the exchange in between is a collective: a sum over a split rank leaves a partial sum that the first
 reader who is not linear in it must have completed, a function that drops a split rank needs it whole, experts need
-tokens from where they are.
+tokens from where they are, and attention needs its queries where the cache lies (context.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from energylens_vllm.einsum.context import SplitContext, context_ranks, query_makers
 from energylens_vllm.einsum.expression import LINEAR, Access, Einsum
 from energylens_vllm.einsum.kernel import CollectiveShape, Kernel, Mesh, Terms, Widths
 from energylens_vllm.einsum.sharding import WHOLE, Axis, Exchange, Layout, Place, Sharding, layer_sequence, stage_layers
@@ -113,6 +114,8 @@ class _Walk:
         self.made: dict[str, tuple[str, Einsum]] = {}  #: activation -> the group and einsum that last made it
         self.out: list[Kernel] = []
         self.sliced = _dispatched(cascade, block) if sharding.sequence else frozenset()
+        self.context = SplitContext(block, self.counter)
+        self.replicated = query_makers(cascade, block) if sharding.mesh.dcp_q_replicate else frozenset()
 
     def kernels(self) -> list[Kernel]:
         for group, placed in self._groups():
@@ -145,15 +148,20 @@ class _Walk:
     def _place(self, einsum: Einsum, group: str, index: int) -> Placed:
         """Bring the operands to where the einsum runs, and note how its output lies there."""
         activations = [a for a in einsum.reads if self.cascade.kind(a.tensor) == "activation"]
-        place = self._where(einsum, activations)
-        for access in activations:
-            self._bring(access.tensor, place)
+        place = "context" if index in self.replicated else self._where(einsum, activations)
+        if place == "context":
+            self._gather_queries(einsum, activations, f"{self.block.name}.{group}.queries")
+        else:
+            for access in activations:
+                self._bring(access.tensor, place)
+            if self.sharding.mesh.dcp > 1:
+                self.out += self.context.gather_cache(f"{self.block.name}.{group}.cache", einsum)
         partial = self._partial(einsum, place)
         for access in self._dropped(einsum, place):
             self._complete(access.tensor)
             exchange, after = self.sharding.gather_rank(self._layout(access.tensor))
             self._exchange([access.tensor], exchange, after)
-        operands = {access.tensor: self._layout(access.tensor) for access in activations}
+        operands = {access.tensor: self._seen(access.tensor, place) for access in activations}
         slice_now = index in self.sliced and place == "local"
         output = Layout("sequence" if slice_now else place, partial)
         self.layouts[einsum.output.tensor] = output
@@ -165,9 +173,19 @@ class _Walk:
     def _layout(self, tensor: str) -> Layout:
         return self.layouts.get(tensor, Layout())
 
+    def _seen(self, tensor: str, place: Place) -> Layout:
+        """How an operand lies for an einsum in `place`: of gathered heads a GPU may read its own."""
+        layout = self._layout(tensor)
+        return replace(layout, place=place) if layout.place == "context" else layout
+
     def _where(self, einsum: Einsum, activations: list[Access]) -> Place:
         if any(self.cascade.ranks[name].select for access in einsum.reads for name in access.ranks):
             return "experts"
+        if self.sharding.mesh.dcp > 1 and context_ranks(self.cascade, einsum.reads):
+            made = [access for access in activations if context_ranks(self.cascade, [access])]
+            if made:  # scores, or keys that were made from the cache
+                return self._layout(made[0].tensor).place
+            return "context" if self.context.lies_at_cache(einsum) else "local"
         places = {
             "sequence" if self._layout(a.tensor).place == "sequence" else self._after_experts(a.tensor)
             for a in activations
@@ -185,11 +203,39 @@ class _Walk:
 
     # -- exchanges ------------------------------------------------------------------------------------------------
 
+    def _gather_queries(self, einsum: Einsum, activations: list[Access], kernel: str) -> None:
+        """Bring to the cache what attends to it."""
+        degree = self.sharding.degree
+        queries = [access for access in dict.fromkeys(activations) if not context_ranks(self.cascade, [access])]
+        split = [
+            access
+            for access in queries
+            if self._layout(access.tensor).place != "context"
+            and any(degree(name, "local") != degree(name, "context") for name in access.ranks)
+        ]
+        for access in split:
+            self._bring(access.tensor, "local")
+            self._complete(access.tensor)
+            self.layouts[access.tensor] = Layout("context")
+        if split:
+            self.out += self.context.gather_queries(kernel, einsum, split)
+        for rank in context_ranks(self.cascade, einsum.reads):
+            if queries:
+                self.context.queries[rank] = [(einsum, access) for access in queries]
+
     def _bring(self, tensor: str, place: Place) -> None:
         """Exchange what is needed for the tensor to lie in `place`."""
         layout = self._layout(tensor)
         if layout.place == place:
             return
+        if layout.place == "context":  # gathered heads are whole, outputs are not
+            if not layout.partial:
+                return
+            group, einsum = self.made[tensor]
+            self.out += self.context.combine(f"{self.block.name}.{group}", einsum)
+            layout = self.layouts[tensor] = Layout()
+            if layout.place == place:
+                return
         if place == "experts":
             self._dispatch(tensor)
             return
@@ -288,9 +334,11 @@ class _Walk:
         return any(self._split(name, place) for name in term_ranks)
 
     def _split(self, name: str, place: Place) -> bool:
-        return self.cascade.ranks[name].bound is None and self.sharding.degree(name, place) > 1
+        return self.sharding.degree(name, place) > 1
 
     def _axes(self, place: Place) -> frozenset[Axis]:
+        if place == "context":
+            return frozenset({"dcp"})
         return self.sharding.expert_axes if place == "experts" else frozenset({"tp"})
 
     def _dropped(self, einsum: Einsum, place: Place) -> list[Access]:

@@ -1,15 +1,17 @@
 """Sharding: how ranks are split over a mesh as vLLM splits them, and which exchange a change of layout needs.
 
-Three places where an einsum can run, by which tokens a GPU holds there:
+Places where an einsum can run, by which tokens a GPU holds there:
 
 `local`     the tokens of its data-parallel rank, replicated over tp; ranks with `split: tp` are split over tp
 `sequence`  a tp-th of those tokens (vLLM's sequence-parallel experts: tp, dp and expert parallelism together); the
             tokens take up the tp axis, so nothing else can be split over it
 `experts`   the tokens of all data-parallel ranks; experts are split over ep = tp * dp, or without expert parallelism
             each expert's `tp` ranks over tp * dp
+`context`   the tokens of `local`, where the KV cache lies: a request's context is split over the dcp ranks that tp
+            lends for it, so that heads can only be split over the tp / dcp that are left (decode context parallelism)
 
 Source: vLLM 0.32 `FusedMoEParallelConfig.make`, `ParallelConfig.use_sequence_parallel_moe`, `QKVParallelLinear`,
-`VocabParallelEmbedding`, `AgRsAll2AllManager`.
+`VocabParallelEmbedding`, `AgRsAll2AllManager`, `ModelConfig.verify_with_parallel_config`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from energylens_vllm.einsum.kernel import CollectiveShape, Mesh
 if TYPE_CHECKING:
     from energylens_vllm.einsum.cascade import Cascade
 
-Place = Literal["local", "sequence", "experts"]
-Axis = Literal["tp", "dp"]
+Place = Literal["local", "sequence", "experts", "context"]
+Axis = Literal["tp", "dp", "dcp"]
 
 WHOLE: frozenset[Axis] = frozenset()
 
@@ -50,12 +52,14 @@ class Exchange:
 
 def check_mesh(mesh: Mesh) -> None:
     """Raises EinsumError on degrees that no deployment has."""
-    for name in ("tp", "pp", "dp", "ep"):
+    for name in ("tp", "pp", "dp", "ep", "dcp"):
         degree = getattr(mesh, name)
         if not isinstance(degree, int) or degree < 1:
             raise EinsumError(f"mesh {name}: {degree!r} is not a positive whole number")
     if mesh.ep not in (1, mesh.tp * mesh.dp):
         raise EinsumError(f"mesh ep: {mesh.ep} is neither 1 (off) nor tp * dp = {mesh.tp * mesh.dp}")
+    if mesh.tp % mesh.dcp:
+        raise EinsumError(f"mesh dcp: {mesh.dcp} does not divide tp = {mesh.tp}, whose ranks it shares")
 
 
 class Sharding:
@@ -76,6 +80,21 @@ class Sharding:
         if mesh.dp > 1:
             self.expert_axes |= {"dp"}
         self._degrees: dict[tuple[str, Place], int] = {}
+        if mesh.dcp > 1:
+            self._check_context()
+
+    def _check_context(self) -> None:
+        """Raises EinsumError where vLLM cannot split contexts either."""
+        for name, rank in self.ranks.items():
+            if rank.window or rank.chunk:
+                self._fail(name, f"has a window or chunks, and no such context can be split over dcp = {self.mesh.dcp}")
+            if rank.groups is not None and self.degree(name, "context") != self.degree(name, "local"):
+                most = max(self.mesh.tp // rank.padded, 1)
+                self._fail(
+                    name,
+                    f"differs between GPUs that were to share a context over dcp = {self.mesh.dcp}; accepted with "
+                    f"tp = {self.mesh.tp}: up to {most}, as many as hold the same KV heads",
+                )
 
     def degree(self, name: str, place: Place) -> int:
         """Into how many parts the rank is split. Raises EinsumError where it does not divide."""
@@ -86,6 +105,8 @@ class Sharding:
 
     def _degree(self, name: str, place: Place) -> int:
         rank = self.ranks[name]
+        if rank.bound == "context":
+            return self.mesh.dcp if place == "context" else 1
         if rank.groups is not None:  # KV heads: as many parts as the query heads, replicated beyond their number
             assert rank.size is not None
             parts = self.degree(rank.groups, place)
@@ -97,14 +118,20 @@ class Sharding:
             return 1
         if rank.split == "ep":
             return mesh.ep if place == "experts" else 1
-        parts = mesh.tp if place == "local" else mesh.tp * mesh.dp if mesh.ep == 1 else 1
+        if place == "experts":
+            over, parts = "tp * dp", mesh.tp * mesh.dp if mesh.ep == 1 else 1
+        elif place == "context":
+            over, parts = "tp / dcp", mesh.tp // mesh.dcp
+        else:
+            over, parts = "tp", mesh.tp
         if rank.padded % parts:
-            self._fail(name, f"is not divisible by {'tp' if place == 'local' else 'tp * dp'} = {parts}")
+            self._fail(name, f"is not divisible by {over} = {parts}")
         return parts
 
     def _fail(self, name: str, problem: str) -> NoReturn:
         user = next(e for e in self.cascade.einsums() if any(name in a.ranks for a in (e.output, *e.reads)))
-        user.fail(f"rank {name} ({self.ranks[name].padded}) {problem}")
+        rank = self.ranks[name]
+        user.fail(f"rank {name} ({rank.bound or rank.padded}) {problem}")
 
     def experts(self, name: str) -> tuple[int, int]:
         """(experts of the layer, experts on the GPU that has most), redundant ones included."""
@@ -116,7 +143,7 @@ class Sharding:
     def token_share(self, place: Place, experts: str | None) -> float:
         """Tokens that a GPU holds in `place`, as a multiple of its data-parallel rank's tokens. `experts`: the rank of
         the experts, for which all-to-all kernels send each GPU only the tokens that it needs."""
-        if place == "local":
+        if place in ("local", "context"):
             return 1.0
         if place == "sequence":
             return 1.0 / self.mesh.tp

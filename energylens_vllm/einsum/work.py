@@ -6,7 +6,7 @@ read or written once by each kernel that touches it, unless it lives and dies in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -95,6 +95,7 @@ class Counter:
             rank = self.ranks[name]
             if rank.bound is not None:
                 bounds.append(rank.bound)
+                size /= self.sharding.degree(name, layout.place)
             else:
                 size *= self.extent(name, layout.place, layout.gathered, remote)
                 selected |= rank.select is not None
@@ -133,6 +134,11 @@ class Counter:
         fixed = [rank for rank in (self.ranks[name] for name in access.ranks) if rank.bound is None]
         return ROUTING_BYTES if fixed and all(rank.select for rank in fixed) else self.widths.activation
 
+    def _held_width(self, access: Access) -> float:
+        """`width`, of the KV cache times the share of each request's that this GPU keeps."""
+        cache = self.cascade.kind(access.tensor) == "kv_cache"
+        return self.width(access) / (self.sharding.mesh.dcp if cache else 1)
+
     # -- a kernel -------------------------------------------------------------------------------------------------
 
     def kernel(self, name: str, placed: list[Placed], kept: frozenset[str]) -> Kernel:
@@ -162,7 +168,7 @@ class Counter:
                     # Experts skip the rows of other GPUs' experts. They leave zeros for them, which whatever comes
                     # after them reads and writes as any other row (vLLM, fused_moe.py: `write_zeros_to_output`).
                     remote = not any(self.cascade.is_weight(each.tensor) for each in einsum.reads)
-                    into.add(self.amount(einsum, access.ranks, layout, remote), self.width(access))
+                    into.add(self.amount(einsum, access.ranks, layout, remote), self._held_width(access))
             made.add(einsum.output.tensor)
         written: set[str] = set()
         for each in placed:
@@ -170,7 +176,7 @@ class Counter:
             if access.tensor in kept and access.tensor not in written:
                 written.add(access.tensor)
                 into = cache_written if self.cascade.kind(access.tensor) == "kv_cache" else activations
-                into.add(self.amount(each.einsum, access.ranks, each.output, remote=True), self.width(access))
+                into.add(self.amount(each.einsum, access.ranks, each.output, remote=True), self._held_width(access))
         family = self._family(placed)
         gemm, gemms = self._gemm(placed) if family in ("linear", "experts") else (None, 1)
         return Kernel(
@@ -187,7 +193,7 @@ class Counter:
             gemms=gemms,
             attention=self._attention(placed) if family == "attention" else None,
             experts=self._experts() if family == "experts" else None,
-            phase=self._phase(placed),
+            phase=self.phase([each.einsum for each in placed]),
         )
 
     def _add_flops(self, flops: Sum, placed: Placed) -> None:
@@ -230,15 +236,12 @@ class Counter:
     def _bounds(self, *accesses: Access) -> set[str]:
         return {bound for access in accesses for name in access.ranks if (bound := self.ranks[name].bound) is not None}
 
-    def _phase(self, placed: list[Placed]) -> Phase:
-        phases = {
-            self.ranks[name].phase
-            for each in placed
-            for access in (each.einsum.output, *each.einsum.reads)
-            for name in access.ranks
-        } - {"all"}
+    def phase(self, einsums: Sequence[Einsum]) -> Phase:
+        """The requests that a kernel of these einsums serves."""
+        accesses = (access for einsum in einsums for access in (einsum.output, *einsum.reads))
+        phases = {self.ranks[name].phase for access in accesses for name in access.ranks} - {"all"}
         if len(phases) > 1:
-            placed[0].einsum.fail("one kernel cannot serve prefill and decode apart: give each its own")
+            einsums[0].fail("one kernel cannot serve prefill and decode apart: give each its own")
         return phases.pop() if phases else "all"
 
     # -- shapes ---------------------------------------------------------------------------------------------------
@@ -284,13 +287,13 @@ class Counter:
         over context."""
         heads = kv_heads = 1.0
         head_dim = value_dim = 0.0
-        mask = None
+        mask, parts = None, 1
         for each in placed:
             einsum, place = each.einsum, each.place
             for access in (einsum.output, *einsum.reads):
                 for name in access.ranks:
                     if self.ranks[name].bound == "context":
-                        mask = self.ranks[name].mask
+                        mask, parts = self.ranks[name].mask, self.sharding.degree(name, place)
             for term in einsum.terms:
                 depth = contracted(self.cascade, einsum, term)
                 keys = [a for a in term.accesses() if self._bounds(a) == {"context"}]
@@ -304,7 +307,7 @@ class Counter:
                     value_dim += self._fixed(own, place)
                     heads = self._fixed((name for name in scores if name in einsum.output.ranks), place)
         assert mask is not None
-        return AttentionShape(round(heads), round(kv_heads), round(head_dim), round(value_dim), mask)
+        return AttentionShape(round(heads), round(kv_heads), round(head_dim), round(value_dim), mask, parts)
 
     def _fixed(self, ranks: Iterable[str], place: Place) -> float:
         return prod(self.extent(name, place) for name in ranks if self.ranks[name].bound is None)
