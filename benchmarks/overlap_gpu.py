@@ -1,7 +1,8 @@
 """Communication beside computation on two real GPUs, and what the model of it says (energylens_vllm/energy/overlap.py).
 
-    python benchmarks/overlap_gpu.py RESULTS.json          # a minute and a half on two GPUs
-    python benchmarks/overlap_gpu.py RESULTS.json --tiny   # on CPUs, with gloo: a trial of the script, no figure of it
+    python benchmarks/overlap_gpu.py RESULTS.json            # a minute and a half on two GPUs
+    python benchmarks/overlap_gpu.py RESULTS.json --replay   # runs nothing: what was measured beside what is predicted
+    python benchmarks/overlap_gpu.py RESULTS.json --tiny     # on CPUs, with gloo: a trial of the script
 
 One process a GPU, as energylens_vllm/calibrate/collectives.py measures, and the same clocks. A layer is a GEMM of
 Llama-3-70B under TP 2 (o: 4096 x 8192, down: 14336 x 8192, bfloat16) and the all-reduce of what it makes. Its rows are
@@ -34,6 +35,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # a machine for an hour has nothing installed
 
 from in_process import Meter
+from overlap_recorded import report
 
 from energylens_vllm.calibrate import collectives as clocks
 
@@ -322,7 +324,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=pathlib.Path)
     parser.add_argument("--tiny", action="store_true", help="a trial on CPUs")
+    parser.add_argument("--replay", action="store_true", help="compare RESULTS with the model")
     arguments = parser.parse_args()
+    if arguments.replay:
+        print(report(arguments.results))
+        return
     measure(arguments.results, on_gpu=not arguments.tiny)
 
 
