@@ -12,6 +12,8 @@ from energylens_vllm.energy.precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from energylens_vllm.errors import EnergyLensError, unknown
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
+#: How partial outputs of attention are put together: gathering their log-sum-exps, or exchanging all at once.
+DCP_COMM_BACKENDS = ("ag_rs", "a2a")
 
 
 def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -32,8 +34,9 @@ class Deployment:
     `vllm_release` ("0.25.1") None means the one that the profile was measured with, and `async_scheduling` None what is
     that release's default. `expert_routing`: how tokens spread over experts, see `Routing.parse`;
     `enable_eplb`, with `num_redundant_experts` copies (of vLLM's `--eplb-config`), places experts by their load.
-    `all2all_backend` and `enable_dbo` (dual-batch overlap) matter where data-parallel ranks share experts. Context
-    parallelism is not modelled: its degrees are there to be refused.
+    `all2all_backend` and `enable_dbo` (dual-batch overlap) matter where data-parallel ranks share experts.
+    `decode_context_parallel_size` of the tensor-parallel GPUs share out each request's KV cache. Prefill context
+    parallelism is not modelled: its degree is there to be refused.
     Raises EnergyLensError naming the field, the value and what is accepted.
     """
 
@@ -59,12 +62,14 @@ class Deployment:
     dbo_prefill_token_threshold: int = 512
     prefill_context_parallel_size: int = 1
     decode_context_parallel_size: int = 1
+    dcp_comm_backend: str = "ag_rs"
+    dcp_q_replicate: bool = False
     cudagraph_capture_sizes: Sequence[int] | None = None
     power_limit_w: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_batched_tokens",
-                     "max_num_seqs"):  # fmt: skip
+                     "max_num_seqs", "decode_context_parallel_size"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise EnergyLensError(f"{name}: {value!r} is not a positive integer")
@@ -91,14 +96,32 @@ class Deployment:
             raise EnergyLensError(
                 "enable_dbo: needs an all2all_backend of DeepEP; accepted: deepep_high_throughput, deepep_low_latency"
             )
-        for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
-            if getattr(self, name) != 1:
-                raise EnergyLensError(f"{name}: {getattr(self, name)!r} is not modelled; accepted: 1")
+        if self.prefill_context_parallel_size != 1:
+            raise EnergyLensError(
+                f"prefill_context_parallel_size: {self.prefill_context_parallel_size!r} is not modelled; accepted: 1"
+            )
+        self._check_context_parallelism()
         sizes = self.cudagraph_capture_sizes
         if sizes is not None:
             if any(not isinstance(size, int) or size < 1 for size in sizes):
                 raise EnergyLensError(f"cudagraph_capture_sizes: {sizes!r} is not a list of positive integers")
             object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(sizes)))
+
+    def _check_context_parallelism(self) -> None:
+        """Refuse what vLLM refuses whatever the model (vllm/config/parallel.py and vllm.py)."""
+        tensor, decode = self.tensor_parallel_size, self.decode_context_parallel_size
+        if tensor % decode:
+            raise EnergyLensError(
+                f"decode_context_parallel_size: {decode} does not divide tensor_parallel_size {tensor}, whose GPUs "
+                "share the context"
+            )
+        if self.dcp_comm_backend not in DCP_COMM_BACKENDS:
+            raise unknown("dcp_comm_backend", self.dcp_comm_backend, DCP_COMM_BACKENDS)
+        for name, default in (("dcp_comm_backend", "ag_rs"), ("dcp_q_replicate", False)):
+            if decode == 1 and (value := getattr(self, name)) != default:
+                raise EnergyLensError(f"{name}: {value!r} needs a decode_context_parallel_size above 1")
+        if self.enable_dbo and decode > 1:
+            raise EnergyLensError("enable_dbo: vLLM has it without context parallelism only")
 
     @property
     def num_gpus(self) -> int:
@@ -117,6 +140,9 @@ class Deployment:
             ep=ep,
             all2all=bool(ALL2ALL_BACKENDS[self.all2all_backend]),
             redundant_experts=self.num_redundant_experts,
+            dcp=self.decode_context_parallel_size,
+            dcp_a2a=self.dcp_comm_backend == "a2a",
+            dcp_q_replicate=self.dcp_q_replicate,
         )
 
     @property

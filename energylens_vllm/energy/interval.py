@@ -23,6 +23,9 @@ from energylens_vllm.hardware.profile import GpuProfile
 HALF_WIDTH_90 = 1.645
 #: One relative standard deviation of a collective's time and energy where links are involved (docs/collectives.md).
 COMMUNICATION_STD = 0.2
+#: Of steps whose contexts are split over GPUs: no profile was fitted on any. Attention and collectives are those that
+#: were measured, in other shapes; how many small kernels go with them differs between backends and releases.
+CONTEXT_PARALLEL_STD = 0.1
 #: Of a reason to be less sure that a profile, made before there was such a flag, does not know.
 OTHER_STD = 0.1
 

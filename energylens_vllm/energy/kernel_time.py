@@ -102,9 +102,12 @@ def elementwise(p: GpuProfile, moved: Array) -> Timed:
 def attention_decode(
     p: GpuProfile, name: str, shape: AttentionShape, sequences: Array, keys: Array, bytes_per_key: float
 ) -> Timed:
-    """Decode attention of `sequences` requests that read `keys` cached tokens together; `name` as in `timing`."""
+    """Decode attention of `sequences` requests with `keys` cached tokens together, of which the GPU has its part:
+    `bytes_per_key` of each on average. `name` as in `timing`."""
+    parts = shape.context_parts
     return timing.attention_decode(
-        p, name, p.sm_count, sequences, keys, heads=shape.heads, kv_heads=shape.kv_heads, bytes_per_key=bytes_per_key,
+        p, name, p.sm_count, sequences, keys / parts, heads=shape.heads, kv_heads=shape.kv_heads,
+        bytes_per_key=bytes_per_key * parts,
         flops_per_pair=2.0 * shape.heads * (shape.head_dim + shape.value_dim),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.deployment import Deployment
 from energylens_vllm.energy.expert_exchange import EXCHANGE_STD, ExpertExchanges
 from energylens_vllm.energy.factors import Factors
-from energylens_vllm.energy.interval import COMMUNICATION_STD, Uncertainty
+from energylens_vllm.energy.interval import COMMUNICATION_STD, CONTEXT_PARALLEL_STD, Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
 from energylens_vllm.energy.overlap import OVERLAP_STD, DualBatch, DualBatchStep, Overlap, StagedStep
 from energylens_vllm.energy.precision import format_of, kernel_format, widths
@@ -154,6 +154,8 @@ class EnergyModel:
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
         if overlap is not None:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
+        if mesh.dcp > 1:
+            self._uncertainty = self._uncertainty.wider("context_parallel", CONTEXT_PARALLEL_STD)
         if self._exchanges:
             self._uncertainty = self._uncertainty.wider("all2all_not_measured", EXCHANGE_STD)
         std = self._collectives.unmeasured_std(kernels)

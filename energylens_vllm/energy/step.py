@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-from energylens_vllm.einsum.kernel import Kernel, Mask, Terms
+from energylens_vllm.einsum.kernel import Kernel, Mask, Phase, Terms
 from energylens_vllm.energy import kernel_time
 from energylens_vllm.energy.batch import Array, Attention, Integers, Steps
 from energylens_vllm.energy.factors import Factors
@@ -28,6 +28,9 @@ from energylens_vllm.hardware.profile import GpuProfile
 COMPONENTS = (
     "static", "linear", "attention", "experts", "weights", "kv_cache", "activations", "communication", "host_gap",
 )  # fmt: skip
+#: Seconds in which the host launches one of the kernels beside attention over split contexts: inside vLLM's attention
+#: operation, not through a compiled graph's wrapper. A collective's: docs/collectives.md.
+BESIDE_LAUNCH_S = 20e-6
 
 
 class Exchanged(NamedTuple):
@@ -91,8 +94,8 @@ class Work:
 
 
 def per_token(terms: Terms, rows: Array) -> Array:
-    """`terms` of a kernel that sees `rows` tokens, or as many sampled rows."""
-    value: Array = terms.constant + (terms.tokens + terms.sampled) * rows
+    """`terms` of a kernel that sees `rows` tokens, or as many sampled rows, or as many keys that are no new tokens."""
+    value: Array = terms.constant + (terms.keys or terms.tokens + terms.sampled) * rows
     return value
 
 
@@ -136,16 +139,25 @@ class GpuStep:
         rest = [k for k in kernels if k.attention is None]
         self.by_keys = [k for k in rest if k.gemm is not None and k.gemm.rows == "keys"]
         self.by_rows = [k for k in rest if _is_sampled(k)]
-        self.by_tokens = {
-            phase: [k for k in rest if k.phase == phase and k not in self.by_keys and k not in self.by_rows]
-            for phase in ("all", "prefill", "decode")
-        }
+        elsewhere = {*self.by_keys, *self.by_rows}
+        of_phase = {phase: [k for k in rest if k.phase == phase and k not in elsewhere] for phase in get_args(Phase)}
+        self.by_tokens = {phase: [k for k in of if not k.split_context] for phase, of in of_phase.items()}
+        self.beside_attention = {phase: [k for k in of if k.split_context] for phase, of in of_phase.items()}
         #: seconds in which the host launches what CUDA graphs would replay: attention, which only full graphs (pure
         #: decodes) hold, and everything else
         none = np.zeros((self.stages, 1))
         self.attention_launch_s = profile["host.attention_s"] * sum((self.counts[k] for k in self.attention), none)
+        self.beside_launch_s = {
+            phase: BESIDE_LAUNCH_S * sum((self.counts[k] for k in beside), none)
+            for phase, beside in self.beside_attention.items()
+            if beside
+        }
         self.other_launch_s = sum(
-            (self.counts[k] * profile["host.experts_s" if k.family == "experts" else "host.launch_s"] for k in rest),
+            (
+                self.counts[k] * profile["host.experts_s" if k.family == "experts" else "host.launch_s"]
+                for k in rest
+                if not k.split_context
+            ),
             none,
         )
         #: whether each GPU's worker is a process of its own, as the executors for several GPUs have it
@@ -234,7 +246,20 @@ class GpuStep:
         self._add_rows(work, self.by_tokens["prefill"], prefill_tokens)
         self._add_rows(work, self.by_tokens["decode"], steps.decode_tokens)
         self._add_rows(work, self.by_rows, steps.sequences)
+        for phase in self.beside_launch_s:
+            self._add_rows(work, self.beside_attention[phase], self._rows_beside(steps, phase))
         return work, self._add_attention(work, steps, prefill_tokens)
+
+    def _rows_beside(self, steps: Steps, phase: Phase) -> Array:
+        """What the kernels beside attention over split contexts see: of prefills alone it is the contexts that they
+        have already, else tokens."""
+        if phase == "decode":
+            return steps.decode_tokens
+        context = steps.attention[0].prefill_keys - (steps.tokens - steps.decode_tokens)
+        if phase == "prefill":
+            return np.asarray(context)
+        spared = self.profile.skips_fresh_contexts & (steps.decode_tokens + context == 0)
+        return np.where(spared, 0.0, self.padded(steps.tokens))
 
     def _host_s(self, steps: Steps, prefill_tokens: Array) -> Array:
         """Seconds that the host needs for each step; it works on one while the GPU runs the one before.
@@ -250,7 +275,10 @@ class GpuStep:
         )
         uncaptured = steps.tokens > (self.capture_sizes[-1] if len(self.capture_sizes) else 0.0)
         launches_s = np.where(uncaptured, self.other_launch_s, 0.0)
-        launches_s = launches_s + np.where(uncaptured | (prefill_tokens > 0), self.attention_launch_s, 0.0)
+        in_graph = ~uncaptured & (prefill_tokens == 0)
+        launches_s = launches_s + np.where(in_graph, 0.0, self.attention_launch_s)
+        for phase, launch_s in self.beside_launch_s.items():
+            launches_s = launches_s + np.where(in_graph | (self._rows_beside(steps, phase) == 0), 0.0, launch_s)
         if not self.worker_processes:
             return np.asarray(requests_s + launches_s)
         engine_s = p["host.engine_share"] * requests_s

@@ -78,6 +78,12 @@ class GpuProfile:
         `VLLM_USE_DEEP_GEMM_E8M0` is on by default (triton_deep_gemm_moe.py)."""
         return _release(self.vllm_release) < (0, 12)
 
+    @property
+    def skips_fresh_contexts(self) -> bool:
+        """Whether a step whose requests have no context yet spares what a split one takes (flash_attn.py,
+        `should_skip_dcp_context_attention`: in 0.32, not in 0.25)."""
+        return _release(self.vllm_release) >= (0, 32)
+
     def measured_release(self, release: str) -> str:
         """The release that was measured and is nearest to `release`."""
         return min([self.vllm_release, *self.by_release], key=lambda known: _distance(known, release))

@@ -38,8 +38,7 @@ def describe(vllm_config: Any) -> Engine:
             "enable_eplb": parallel.enable_eplb,
             "num_redundant_experts": parallel.eplb_config.num_redundant_experts if parallel.enable_eplb else 0,
             **exchange,
-            "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
-            "decode_context_parallel_size": parallel.decode_context_parallel_size,
+            **_context(parallel),
             "dtype": str(model.dtype).removeprefix("torch."),
             # A checkpoint's own says more than the name that vLLM gives it: bits, groups, what is left out.
             "quantization": None if config.get("quantization_config") else model.quantization,
@@ -69,6 +68,18 @@ def _exchange(parallel: Any) -> dict[str, Any]:
         "dbo_decode_token_threshold": max(parallel.dbo_decode_token_threshold, 1),
         "dbo_prefill_token_threshold": max(parallel.dbo_prefill_token_threshold, 1),
     }
+
+
+def _context(parallel: Any) -> dict[str, Any]:
+    """How contexts are split over GPUs. What vLLM leaves to the model (None) is its usual way by now or never asked."""
+    given = {
+        "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size,
+    }
+    if parallel.decode_context_parallel_size > 1:
+        given["dcp_comm_backend"] = parallel.dcp_comm_backend or "ag_rs"
+        given["dcp_q_replicate"] = bool(getattr(parallel, "dcp_q_replicate", False))  # not in 0.25
+    return given
 
 
 def _capture_sizes(compilation: Any) -> list[int] | None:

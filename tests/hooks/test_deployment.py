@@ -72,9 +72,23 @@ def test_an_exchange_that_is_not_known_is_flagged(configured: Any, monkeypatch: 
     assert Deployment(**engine.deployment).all2all_backend == "allgather_reducescatter"
 
 
-@pytest.mark.parametrize("name", ["prefill_context_parallel_size", "decode_context_parallel_size"])
-def test_context_parallelism_is_refused(name: str, configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = described(configured, monkeypatch, **{name: 2})
+def test_contexts_that_are_split(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
+    engine = described(configured, monkeypatch, **split, dcp_comm_backend="a2a", dcp_q_replicate=True)
+    found = Deployment(**engine.deployment)
+    assert (found.decode_context_parallel_size, found.dcp_comm_backend, found.dcp_q_replicate) == (2, "a2a", True)
+    left_to_vllm = described(configured, monkeypatch, **split, dcp_comm_backend=None, dcp_q_replicate=None)
+    found = Deployment(**left_to_vllm.deployment)
+    assert (found.dcp_comm_backend, found.dcp_q_replicate) == ("ag_rs", False)
+    # Without split contexts their options mean nothing to vLLM.
+    alone = described(configured, monkeypatch, decode_context_parallel_size=1, dcp_comm_backend="a2a")
+    assert Deployment(**alone.deployment).dcp_comm_backend == "ag_rs"
+    monkeypatch.delattr(configured.parallel_config, "dcp_q_replicate")  # as in 0.25
+    assert not Deployment(**described(configured, monkeypatch, **split).deployment).dcp_q_replicate
+
+
+def test_a_split_that_the_network_does_not_have_is_refused(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = described(configured, monkeypatch, tensor_parallel_size=4, decode_context_parallel_size=2)
     started = start_predictor(Engine(load_config("llama-3.1-8b"), engine.deployment, "NVIDIA H200", None))
     assert (started.predictor, started.state) == (None, "model_unknown")
-    assert started.problem == f"{name}: 2 is not modelled; accepted: 1"
+    assert "rank g (8) differs between GPUs that were to share a context" in started.problem
