@@ -27,7 +27,7 @@ _FLAGS: dict[str, tuple[dict[str, object], str]] = {
     "enable_dbo": ({"action": "store_true"}, "dual-batch overlap (needs an --all2all-backend of DeepEP)"),
     "dbo_decode_token_threshold": ({"type": int, "metavar": "N"}, "least tokens of a decode that is split"),
     "dbo_prefill_token_threshold": ({"type": int, "metavar": "N"}, "least tokens of another step that is split"),
-    "prefill_context_parallel_size": ({"type": int, "metavar": "N"}, "not modelled: accepted is 1"),
+    "prefill_context_parallel_size": ({"type": int, "metavar": "N"}, "times as many GPUs, that split a step's tokens"),
     "decode_context_parallel_size": ({"type": int, "metavar": "N"}, "of the -tp GPUs, that share out each KV cache"),
     "dcp_comm_backend": ({"metavar": "NAME"}, "how these put their outputs together, ag_rs or a2a"),
     "dcp_q_replicate": ({"action": "store_true"}, "each of them computes all their queries (latent attention)"),
@@ -47,6 +47,7 @@ _SHORT = {
     "pipeline_parallel_size": "-pp",
     "data_parallel_size": "-dp",
     "enable_expert_parallel": "-ep",
+    "prefill_context_parallel_size": "-pcp",
     "decode_context_parallel_size": "-dcp",
     "quantization": "-q",
 }

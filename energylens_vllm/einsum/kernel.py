@@ -38,14 +38,15 @@ class Widths:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Parallel degrees. `ep` ranks hold different experts; vLLM makes it tp * dp when expert parallelism is on, and 1
-    otherwise. With dp > 1 tokens reach the experts of other data-parallel ranks by all-gather and come back by
+    """Parallel degrees. `ep` ranks hold different experts; vLLM makes it tp * pcp * dp when expert parallelism is on,
+    and 1 otherwise. With dp > 1 tokens reach the experts of other data-parallel ranks by all-gather and come back by
     reduce-scatter; with `all2all` (vLLM's DeepEP and other all2all backends) expert parallelism exchanges only the
     tokens that are wanted. `redundant_experts` are copies for load balancing (vLLM's EPLB).
 
-    `dcp` of the tp ranks share out each request's KV cache (decode context parallelism). Their partial outputs are
-    put together by an all-gather of log-sum-exps and a reduce-scatter, or with `dcp_a2a` by one all-to-all; with
-    `dcp_q_replicate` each computes the queries of all of them instead of gathering them."""
+    `pcp` ranks split the tokens of each step and keep a whole cache each (prefill context parallelism). `dcp` of the tp
+    ranks share out each request's KV cache (decode context parallelism). Their partial outputs are put together by an
+    all-gather of log-sum-exps and a reduce-scatter, or with `dcp_a2a` by one all-to-all; with `dcp_q_replicate` each
+    computes the queries of all of them instead of gathering them."""
 
     tp: int = 1
     pp: int = 1
@@ -53,6 +54,7 @@ class Mesh:
     ep: int = 1
     all2all: bool = False
     redundant_experts: int = 0
+    pcp: int = 1
     dcp: int = 1
     dcp_a2a: bool = False
     dcp_q_replicate: bool = False
@@ -108,7 +110,7 @@ class CollectiveShape:
     """
 
     op: CollectiveOp
-    axis: Literal["tp", "ep", "dp", "pp", "dcp"]
+    axis: Literal["tp", "ep", "dp", "pp", "pcp", "dcp"]
     size: int
 
 

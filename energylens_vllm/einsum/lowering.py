@@ -174,9 +174,9 @@ class _Walk:
         return self.layouts.get(tensor, Layout())
 
     def _seen(self, tensor: str, place: Place) -> Layout:
-        """How an operand lies for an einsum in `place`: of gathered heads a GPU may read its own."""
+        """How an operand lies for an einsum in `place`: of what was gathered a GPU may read its own part."""
         layout = self._layout(tensor)
-        return replace(layout, place=place) if layout.place == "context" else layout
+        return replace(layout, place=place) if layout.place in ("context", "whole") else layout
 
     def _where(self, einsum: Einsum, activations: list[Access]) -> Place:
         if any(self.cascade.ranks[name].select for access in einsum.reads for name in access.ranks):
@@ -186,6 +186,11 @@ class _Walk:
             if made:  # scores, or keys that were made from the cache
                 return self._layout(made[0].tensor).place
             return "context" if self.context.lies_at_cache(einsum) else "local"
+        if self.sharding.mesh.pcp > 1:
+            if self.sharding.mesh.ep == 1 and self._is_routing(einsum.output):
+                return "experts"  # vLLM gathers the router's outputs and selects of all tokens
+            if self.cascade.kind(einsum.output.tensor) == "kv_cache" or self._sampled(einsum.output):
+                return "whole"
         places = {
             "sequence" if self._layout(a.tensor).place == "sequence" else self._after_experts(a.tensor)
             for a in activations
@@ -228,6 +233,8 @@ class _Walk:
         layout = self._layout(tensor)
         if layout.place == place:
             return
+        if layout.place == "whole":
+            return
         if layout.place == "context":  # gathered heads are whole, outputs are not
             if not layout.partial:
                 return
@@ -238,6 +245,11 @@ class _Walk:
                 return
         if place == "experts":
             self._dispatch(tensor)
+            return
+        if place == "whole":
+            self._bring(tensor, "local")
+            self._complete(tensor)
+            self._exchange([tensor], *self.sharding.gather_tokens(self._layout(tensor)))
             return
         if tensor in self.stayed:
             layout = self.layouts[tensor] = self.stayed.pop(tensor)
@@ -264,6 +276,9 @@ class _Walk:
         self.stayed |= {each: self._layout(each) for each in tensors}
         exchange, after = self.sharding.dispatch(self._layout(tensor))
         self._exchange(tensors, exchange, after)
+
+    def _sampled(self, access: Access) -> bool:
+        return any(self.cascade.ranks[name].bound == "sampled" for name in access.ranks)
 
     def _is_routing(self, access: Access) -> bool:
         return any(self.cascade.ranks[name].select for name in access.ranks)

@@ -6,12 +6,14 @@ Places where an einsum can run, by which tokens a GPU holds there:
 `sequence`  a tp-th of those tokens (vLLM's sequence-parallel experts: tp, dp and expert parallelism together); the
             tokens take up the tp axis, so nothing else can be split over it
 `experts`   the tokens of all data-parallel ranks; experts are split over ep = tp * dp, or without expert parallelism
-            each expert's `tp` ranks over tp * dp
+            each expert's `tp` ranks over tp * dp. Where prefill context parallelism splits tokens over pcp, its ranks
+            join those of dp
 `context`   the tokens of `local`, where the KV cache lies: a request's context is split over the dcp ranks that tp
             lends for it, so that heads can only be split over the tp / dcp that are left (decode context parallelism)
+`whole`     the tokens of all pcp ranks, where `local` has a pcp-th of them
 
 Source: vLLM 0.32 `FusedMoEParallelConfig.make`, `ParallelConfig.use_sequence_parallel_moe`, `QKVParallelLinear`,
-`VocabParallelEmbedding`, `AgRsAll2AllManager`, `ModelConfig.verify_with_parallel_config`.
+`VocabParallelEmbedding`, `AgRsAll2AllManager`, `ModelConfig.verify_with_parallel_config`, `PCPManager`.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from energylens_vllm.einsum.kernel import CollectiveShape, Mesh
 if TYPE_CHECKING:
     from energylens_vllm.einsum.cascade import Cascade
 
-Place = Literal["local", "sequence", "experts", "context"]
-Axis = Literal["tp", "dp", "dcp"]
+Place = Literal["local", "sequence", "experts", "context", "whole"]
+Axis = Literal["tp", "pcp", "dp", "dcp"]
 
 WHOLE: frozenset[Axis] = frozenset()
+#: Axes over which experts may be shared out.
+EXPERT_AXES: tuple[Axis, ...] = ("tp", "pcp", "dp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +56,17 @@ class Exchange:
 
 def check_mesh(mesh: Mesh) -> None:
     """Raises EinsumError on degrees that no deployment has."""
-    for name in ("tp", "pp", "dp", "ep", "dcp"):
+    for name in ("tp", "pp", "dp", "ep", "pcp", "dcp"):
         degree = getattr(mesh, name)
         if not isinstance(degree, int) or degree < 1:
             raise EinsumError(f"mesh {name}: {degree!r} is not a positive whole number")
-    if mesh.ep not in (1, mesh.tp * mesh.dp):
-        raise EinsumError(f"mesh ep: {mesh.ep} is neither 1 (off) nor tp * dp = {mesh.tp * mesh.dp}")
+    if mesh.ep not in (1, mesh.tp * mesh.pcp * mesh.dp):
+        ranks = "tp * dp" if mesh.pcp == 1 else "tp * pcp * dp"
+        raise EinsumError(f"mesh ep: {mesh.ep} is neither 1 (off) nor {ranks} = {mesh.tp * mesh.pcp * mesh.dp}")
     if mesh.tp % mesh.dcp:
         raise EinsumError(f"mesh dcp: {mesh.dcp} does not divide tp = {mesh.tp}, whose ranks it shares")
+    if mesh.pcp > 1 and mesh.dcp > 1:
+        raise EinsumError(f"mesh dcp: {mesh.dcp} together with pcp = {mesh.pcp}; accepted: one of them")
 
 
 class Sharding:
@@ -74,14 +81,22 @@ class Sharding:
         #: and no row is made for another's
         self.all2all = mesh.all2all and mesh.ep > 1 and mesh.dp > 1
         #: the axes of the group that shares the experts
-        self.expert_axes: frozenset[Axis] = WHOLE
-        if mesh.tp > 1:
-            self.expert_axes |= {"tp"}
-        if mesh.dp > 1:
-            self.expert_axes |= {"dp"}
+        self.expert_axes: frozenset[Axis] = frozenset(axis for axis in EXPERT_AXES if getattr(mesh, axis) > 1)
         self._degrees: dict[tuple[str, Place], int] = {}
+        if mesh.pcp > 1:
+            self._check_tokens()
         if mesh.dcp > 1:
             self._check_context()
+
+    def _check_tokens(self) -> None:
+        """Raises EinsumError where vLLM cannot split tokens over pcp either, and for what is not derived."""
+        mesh = self.mesh
+        for name, rank in self.ranks.items():
+            if rank.bound == "context" and rank.phase == "all":
+                self._fail(name, f"is of prefill and decode together: vLLM splits tokens over pcp = {mesh.pcp} only of "
+                                 "latent attention")  # fmt: skip
+        if mesh.dp > 1 and mesh.ep == 1 and any(rank.select for rank in self.ranks.values()):
+            raise EinsumError(f"mesh pcp: {mesh.pcp} with dp = {mesh.dp} is only understood with expert parallelism")
 
     def _check_context(self) -> None:
         """Raises EinsumError where vLLM cannot split contexts either."""
@@ -119,7 +134,9 @@ class Sharding:
         if rank.split == "ep":
             return mesh.ep if place == "experts" else 1
         if place == "experts":
-            over, parts = "tp * dp", mesh.tp * mesh.dp if mesh.ep == 1 else 1
+            over, parts = " * ".join(("tp", *(axis for axis in ("pcp", "dp") if axis in self.expert_axes))), 1
+            if mesh.ep == 1:
+                parts = mesh.tp * mesh.pcp * mesh.dp
         elif place == "context":
             over, parts = "tp / dcp", mesh.tp // mesh.dcp
         else:
@@ -145,10 +162,12 @@ class Sharding:
         the experts, for which all-to-all kernels send each GPU only the tokens that it needs."""
         if place in ("local", "context"):
             return 1.0
+        if place == "whole":
+            return self.mesh.pcp
         if place == "sequence":
             return 1.0 / self.mesh.tp
         wanted = self.reached(experts) if self.all2all and experts is not None else 1.0
-        return self.mesh.dp * wanted
+        return self.mesh.pcp * self.mesh.dp * wanted
 
     def reached(self, name: str) -> float:
         """The share of all tokens of which at least one selected expert is on this GPU, under uniform routing."""
@@ -165,7 +184,7 @@ class Sharding:
         shape = {
             frozenset({"tp"}): CollectiveShape("all_reduce", "tp", self.mesh.tp),
             frozenset({"dp"}): CollectiveShape("all_reduce", "dp", self.mesh.dp),
-        }.get(layout.partial, CollectiveShape("all_reduce", "ep", self.mesh.tp * self.mesh.dp))
+        }.get(layout.partial, CollectiveShape("all_reduce", "ep", self.mesh.tp * self.mesh.pcp * self.mesh.dp))
         return Exchange(shape, layout), replace(layout, partial=WHOLE)
 
     def gather_rank(self, layout: Layout) -> tuple[Exchange, Layout]:
@@ -177,29 +196,36 @@ class Sharding:
         after = replace(layout, place="local")
         return Exchange(CollectiveShape("all_gather", "tp", self.mesh.tp), after), after
 
+    def gather_tokens(self, layout: Layout) -> tuple[Exchange, Layout]:
+        """Put together the tokens that pcp splits."""
+        after = replace(layout, place="whole")
+        return Exchange(CollectiveShape("all_gather", "pcp", self.mesh.pcp), after), after
+
     def dispatch(self, layout: Layout) -> tuple[Exchange | None, Layout]:
         """From where tokens are to the experts."""
         after = Layout("experts")
-        if self.mesh.dp == 1:  # every GPU of the group holds all tokens: it skips those of other GPUs' experts
+        if (
+            self.mesh.pcp * self.mesh.dp == 1
+        ):  # every GPU of the group holds all tokens: it skips those of other GPUs' experts
             return None, after
         return Exchange(self._expert_shape("all_gather"), after), after
 
     def combine(self, layout: Layout) -> tuple[Exchange | None, Layout]:
         """From the experts back; what stays partial over tp is for the consumer to reduce."""
-        if self.mesh.dp == 1:
+        if self.mesh.pcp * self.mesh.dp == 1:
             return None, Layout("local", layout.partial)
         shape = self._expert_shape("reduce_scatter")
-        whole = shape.axis == "ep"
-        after = Layout("sequence" if self.sequence else "local", WHOLE if whole else layout.partial - {"dp"})
+        left = WHOLE if shape.axis == "ep" else frozenset(axis for axis in layout.partial if axis != shape.axis)
+        after = Layout("sequence" if self.sequence else "local", left)
         return Exchange(shape, layout), after
 
     def _expert_shape(self, op: Literal["all_gather", "reduce_scatter"]) -> CollectiveShape:
         mesh = self.mesh
         if self.all2all:
             return CollectiveShape("all_to_all", "ep", mesh.ep)
-        if self.sequence:
+        if self.sequence or (mesh.pcp > 1 and mesh.dp > 1):
             return CollectiveShape(op, "ep", mesh.ep)
-        return CollectiveShape(op, "dp", mesh.dp)
+        return CollectiveShape(op, "dp", mesh.dp) if mesh.dp > 1 else CollectiveShape(op, "pcp", mesh.pcp)
 
 
 def stage_layers(layers: int, stages: int) -> list[int]:

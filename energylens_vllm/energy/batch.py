@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,26 @@ class Steps:
                     load.prefill_keys / parts,
                 )
                 for load in self.attention
+            ),
+        )
+
+    def chunked(self, parts: int) -> Steps:
+        """What one of `parts` prefill-context-parallel ranks has of each step, attention without windows.
+
+        Decodes are shared out whole. A prompt's n new tokens after c are cut into 2 parts chunks, of which rank r takes
+        chunks r and 2 parts - 1 - r, as two requests: the ranks then have equally many pairs, and each reads
+        2 c + (1 + 1 / 2 parts) n keys, its chunks' own and all before them. Source: vLLM 0.32, v1/worker/gpu/
+        pcp_manager.py `_iter_rank_chunks`.
+        """
+        shared = self.share(parts)
+        prefill_tokens, prompts = self.tokens - self.decode_tokens, self.sequences - self.decode_sequences
+        again = (1 - 1 / (2 * parts)) * prefill_tokens
+        return replace(
+            shared,
+            sequences=shared.decode_sequences + 2 * prompts,
+            attention=tuple(
+                replace(mine, prefill_keys=2 * whole.prefill_keys - again)
+                for mine, whole in zip(shared.attention, self.attention, strict=True)
             ),
         )
 

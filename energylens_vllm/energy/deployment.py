@@ -35,8 +35,8 @@ class Deployment:
     that release's default. `expert_routing`: how tokens spread over experts, see `Routing.parse`;
     `enable_eplb`, with `num_redundant_experts` copies (of vLLM's `--eplb-config`), places experts by their load.
     `all2all_backend` and `enable_dbo` (dual-batch overlap) matter where data-parallel ranks share experts.
-    `decode_context_parallel_size` of the tensor-parallel GPUs share out each request's KV cache. Prefill context
-    parallelism is not modelled: its degree is there to be refused.
+    `decode_context_parallel_size` of the tensor-parallel GPUs share out each request's KV cache;
+    `prefill_context_parallel_size` multiplies GPUs, which split the tokens of each step.
     Raises EnergyLensError naming the field, the value and what is accepted.
     """
 
@@ -69,7 +69,7 @@ class Deployment:
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_batched_tokens",
-                     "max_num_seqs", "decode_context_parallel_size"):  # fmt: skip
+                     "max_num_seqs", "prefill_context_parallel_size", "decode_context_parallel_size"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise EnergyLensError(f"{name}: {value!r} is not a positive integer")
@@ -96,10 +96,6 @@ class Deployment:
             raise EnergyLensError(
                 "enable_dbo: needs an all2all_backend of DeepEP; accepted: deepep_high_throughput, deepep_low_latency"
             )
-        if self.prefill_context_parallel_size != 1:
-            raise EnergyLensError(
-                f"prefill_context_parallel_size: {self.prefill_context_parallel_size!r} is not modelled; accepted: 1"
-            )
         self._check_context_parallelism()
         sizes = self.cudagraph_capture_sizes
         if sizes is not None:
@@ -108,8 +104,10 @@ class Deployment:
             object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(sizes)))
 
     def _check_context_parallelism(self) -> None:
-        """Refuse what vLLM refuses whatever the model (vllm/config/parallel.py and vllm.py)."""
+        """Refuse what vLLM refuses whatever the model (vllm/config/parallel.py and vllm.py), and what is not modelled:
+        both kinds together, which vLLM has for sparse latent attention only, and DeepEP with prefill's."""
         tensor, decode = self.tensor_parallel_size, self.decode_context_parallel_size
+        prefill = self.prefill_context_parallel_size
         if tensor % decode:
             raise EnergyLensError(
                 f"decode_context_parallel_size: {decode} does not divide tensor_parallel_size {tensor}, whose GPUs "
@@ -120,26 +118,42 @@ class Deployment:
         for name, default in (("dcp_comm_backend", "ag_rs"), ("dcp_q_replicate", False)):
             if decode == 1 and (value := getattr(self, name)) != default:
                 raise EnergyLensError(f"{name}: {value!r} needs a decode_context_parallel_size above 1")
-        if self.enable_dbo and decode > 1:
+        if prefill > 1 and decode > 1:
+            raise EnergyLensError(
+                f"decode_context_parallel_size: {decode} is not modelled together with prefill_context_parallel_size "
+                f"{prefill}; accepted: one of them"
+            )
+        if self.enable_dbo and max(prefill, decode) > 1:
             raise EnergyLensError("enable_dbo: vLLM has it without context parallelism only")
+        if prefill > 1 and ALL2ALL_BACKENDS[self.all2all_backend]:
+            raise EnergyLensError(
+                f"all2all_backend: {self.all2all_backend!r} is not modelled with prefill_context_parallel_size "
+                f"{prefill}; accepted: allgather_reducescatter"
+            )
 
     @property
     def num_gpus(self) -> int:
         """GPUs of the whole deployment."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+        return self.gpus_per_stage * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def gpus_per_stage(self) -> int:
+        """GPUs of a pipeline stage of one engine."""
+        return self.tensor_parallel_size * self.prefill_context_parallel_size
 
     @property
     def mesh(self) -> Mesh:
-        """Parallel degrees; expert parallelism spans tensor and data parallel ranks, as in vLLM."""
-        tp, dp = self.tensor_parallel_size, self.data_parallel_size
-        ep = tp * dp if self.enable_expert_parallel else 1
+        """Parallel degrees; expert parallelism spans tensor, prefill context and data parallel ranks, as in vLLM."""
+        dp = self.data_parallel_size
+        ep = self.gpus_per_stage * dp if self.enable_expert_parallel else 1
         return Mesh(
-            tp=tp,
+            tp=self.tensor_parallel_size,
             pp=self.pipeline_parallel_size,
             dp=dp,
             ep=ep,
             all2all=bool(ALL2ALL_BACKENDS[self.all2all_backend]),
             redundant_experts=self.num_redundant_experts,
+            pcp=self.prefill_context_parallel_size,
             dcp=self.decode_context_parallel_size,
             dcp_a2a=self.dcp_comm_backend == "a2a",
             dcp_q_replicate=self.dcp_q_replicate,

@@ -94,7 +94,7 @@ def serve_apart(
         )
     idle_j = prefill_engines * (1 - utilisation) * prefill.idle_power_w / completed  # a request
 
-    holders = decode.deployment.tensor_parallel_size
+    holders = decode.deployment.gpus_per_stage
     sent = cache_bytes(decode, prompt_tokens)
     transfer_s, transfer_j = _send(decode, sent, across_nodes)
     tokens = output_tokens

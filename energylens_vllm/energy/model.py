@@ -118,6 +118,8 @@ class EnergyModel:
         self.profile = profile or load_profile(deployment.gpu)
         if deployment.vllm_release is not None:
             self.profile = self.profile.at_release(deployment.vllm_release)
+            if deployment.prefill_context_parallel_size > 1 and not self.profile.splits_prefills:
+                raise EnergyLensError(f"vllm_release: {deployment.vllm_release} has no prefill context parallelism")
         mesh = deployment.mesh
         element = widths(deployment.dtype, quantization, deployment.kv_cache_dtype)
         #: what each GPU launches in a step, of all pipeline stages
@@ -148,13 +150,14 @@ class EnergyModel:
             element.kv_cache,
             self._loads,
             self._exchange,
+            mesh.pcp,
         )
         #: GPUs of each unlike stage, of shape (S, 1)
-        self._gpus = deployment.tensor_parallel_size * np.array(list(unlike.values()), dtype=np.float64)[:, None]
+        self._gpus = deployment.gpus_per_stage * np.array(list(unlike.values()), dtype=np.float64)[:, None]
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
         if overlap is not None:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
-        if mesh.dcp > 1:
+        if mesh.pcp > 1 or mesh.dcp > 1:
             self._uncertainty = self._uncertainty.wider("context_parallel", CONTEXT_PARALLEL_STD)
         if self._exchanges:
             self._uncertainty = self._uncertainty.wider("all2all_not_measured", EXCHANGE_STD)
@@ -311,7 +314,7 @@ class EnergyModel:
         )
 
     def _loads(self, kernel: Kernel, tokens: Array) -> RankLoads:
-        """Loads of a rank's experts when each data-parallel rank has `tokens` tokens."""
+        """Loads of a rank's experts when each rank that has tokens of its own has `tokens`."""
         shape = kernel.experts
         assert shape is not None
         form = kernel_format(format_of(self.quantization), kernel)
@@ -322,7 +325,7 @@ class EnergyModel:
             table = self._counted[shape, form]
         else:
             table = self._counted[shape, form] = _table(shape, form, small_tiles, *self._routing(shape), every=5)
-        return table(tokens * self.deployment.data_parallel_size)
+        return table(tokens * self.deployment.prefill_context_parallel_size * self.deployment.data_parallel_size)
 
     @property
     def _copies(self) -> int | None:

@@ -104,7 +104,8 @@ class GpuStep:
     `Steps.attention` must have.
 
     `loads` gives the experts' loads of a kernel for a number of tokens (needed with expert kernels), `collective` the
-    cost of a collective kernel for message sizes (needed with collectives).
+    cost of a collective kernel for message sizes (needed with collectives). Of each step the GPU has one of
+    `token_parts` (prefill context parallelism).
     """
 
     def __init__(
@@ -119,9 +120,10 @@ class GpuStep:
         kv_cache_bytes: float = 2.0,
         loads: Callable[[Kernel, Array], RankLoads] | None = None,
         collective: Callable[[Kernel, Array], Exchanged] | None = None,
+        token_parts: int = 1,
     ) -> None:
         self.profile, self.form, self.loads, self.collective = profile, form, loads, collective
-        self.masks, self.stages = tuple(masks), len(stages)
+        self.masks, self.stages, self.token_parts = tuple(masks), len(stages), token_parts
         self.decode_kernel = "attention.decode" if kv_cache_bytes > 1 else "attention.decode_fp8"
         self.capture_sizes = np.array(sorted(capture_sizes), dtype=np.float64)
         launches: dict[Kernel, list[int]] = {}
@@ -161,7 +163,9 @@ class GpuStep:
             none,
         )
         #: whether each GPU's worker is a process of its own, as the executors for several GPUs have it
-        self.worker_processes = any(k.collective is not None and k.collective.axis in ("tp", "pp") for k in kernels)
+        self.worker_processes = any(
+            k.collective is not None and k.collective.axis in ("tp", "pcp", "pp") for k in kernels
+        )
         #: host work between steps, for each step and for each of its requests
         hidden = profile.async_scheduling if async_scheduling is None else async_scheduling
         self.serial_s = (0.0, 0.0) if hidden else (profile["host.serial_s"], profile["host.serial_request_s"])
@@ -241,11 +245,12 @@ class GpuStep:
     def _work(self, steps: Steps) -> tuple[Work, Array]:
         """All kernels' seconds and joules at the top clock, and the joules of prefill's attention."""
         work = Work(np.zeros((self.stages, len(steps))))
+        self._add_rows(work, self.by_rows, steps.sequences)  # of which every rank has all
+        steps = steps.chunked(self.token_parts) if self.token_parts > 1 else steps
         prefill_tokens = steps.tokens - steps.decode_tokens
         self._add_rows(work, self.by_tokens["all"], self.padded(steps.tokens))
         self._add_rows(work, self.by_tokens["prefill"], prefill_tokens)
         self._add_rows(work, self.by_tokens["decode"], steps.decode_tokens)
-        self._add_rows(work, self.by_rows, steps.sequences)
         for phase in self.beside_launch_s:
             self._add_rows(work, self.beside_attention[phase], self._rows_beside(steps, phase))
         return work, self._add_attention(work, steps, prefill_tokens)
@@ -273,7 +278,7 @@ class GpuStep:
             + p["host.sequence_s"] * steps.decode_sequences
             + p["host.prompt_s"] * (steps.sequences - steps.decode_sequences)
         )
-        uncaptured = steps.tokens > (self.capture_sizes[-1] if len(self.capture_sizes) else 0.0)
+        uncaptured = steps.tokens > self.token_parts * (self.capture_sizes[-1] if len(self.capture_sizes) else 0.0)
         launches_s = np.where(uncaptured, self.other_launch_s, 0.0)
         in_graph = ~uncaptured & (prefill_tokens == 0)
         launches_s = launches_s + np.where(in_graph, 0.0, self.attention_launch_s)

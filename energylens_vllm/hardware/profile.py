@@ -79,6 +79,11 @@ class GpuProfile:
         return _release(self.vllm_release) < (0, 12)
 
     @property
+    def splits_prefills(self) -> bool:
+        """Whether vLLM runs prefill context parallelism (v1/worker/gpu/pcp_manager.py: in 0.32, not in 0.25)."""
+        return _release(self.vllm_release) >= (0, 32)
+
+    @property
     def skips_fresh_contexts(self) -> bool:
         """Whether a step whose requests have no context yet spares what a split one takes (flash_attn.py,
         `should_skip_dcp_context_attention`: in 0.32, not in 0.25)."""

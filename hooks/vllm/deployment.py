@@ -24,7 +24,9 @@ def describe(vllm_config: Any) -> Engine:
     if vllm_config.kv_transfer_config is not None:
         flags.add("kv_transfer_not_modelled")
     exchange = _exchange(parallel)
-    if exchange.get("all2all_backend") not in (None, *ALL2ALL_BACKENDS):
+    tokens_split = parallel.prefill_context_parallel_size > 1  # which makes vLLM use the backend, too
+    modelled = [name for name, kernels in ALL2ALL_BACKENDS.items() if not (kernels and tokens_split)]
+    if exchange.get("all2all_backend") not in (None, *modelled):
         flags.add("all2all_not_modelled")
         exchange = {}
     config, device_name = model.hf_config.to_dict(), _device_name()
@@ -60,7 +62,8 @@ def describe(vllm_config: Any) -> Engine:
 
 def _exchange(parallel: Any) -> dict[str, Any]:
     """How tokens reach experts of other ranks; nothing where vLLM does not ask its own arguments for it."""
-    if parallel.data_parallel_size == 1 or not parallel.enable_expert_parallel:
+    ranks = parallel.data_parallel_size * parallel.prefill_context_parallel_size
+    if ranks == 1 or not parallel.enable_expert_parallel:
         return {}
     return {
         "all2all_backend": parallel.all2all_backend,

@@ -110,8 +110,6 @@ def test_dual_batch_overlap_by_vllms_arguments() -> None:
          "decode_token_threshold 0"),
         ({"gpu": "A100-SXM-80GB", "name": "qwen3-30b-a3b", "all2all_backend": "deepep_low_latency"},
          "was not measured on A100-SXM-80GB"),
-        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size: 2 does not divide tensor_parallel_size 1"),
-        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size: 2 is not modelled; accepted: 1"),
     ],
 )  # fmt: skip
 def test_what_is_refused(given: dict[str, Any], problem: str) -> None:
