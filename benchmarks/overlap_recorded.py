@@ -5,6 +5,11 @@ of the GPU that the result names. What overlap saves is against the same layer w
 measured and as predicted. So errors of the GEMM alone or of the all-reduce alone do not count there, and what is left
 is the model of overlap itself. Points whose launching took the host as long as the GPU worked are shown, and left out
 of the errors.
+
+What energylens_vllm/energy/overlap.py takes from here is printed too: the rate of an SM and the corner to all that NCCL
+takes of itself, from all-reduces alone of the most rows; those of fewer rows are not used for it, nor is any overlapped
+point. All-reduces of less than 8 MB took 47 us and more, whatever their size: launched one by one they wait for each
+other.
 """
 
 from __future__ import annotations
@@ -28,11 +33,17 @@ from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.expert_exchange import ExpertExchanges
 from energylens_vllm.energy.overlap import StagedStep, driven_by, on_fewer_sms
 from energylens_vllm.energy.step import Exchanged, GpuStep
+from energylens_vllm.energy.timing import roofline
 from energylens_vllm.hardware import load_profile
 from energylens_vllm.serving.start import gpu_of
 
 #: The GEMM by its k.
 GEMMS = {4096: "layer.o", 14336: "layer.down"}
+
+
+#: Rows of the all-reduces that SMs' rates are fitted on, and of those held out.
+FITTED_ROWS, HELD_OUT_ROWS = 8192, (4096, 2048, 1024)
+CORNERS = tuple(np.arange(1.0, 10.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,11 @@ def measured(point: Mapping[str, Any]) -> Layer:
     return Layer(time_s, sum(power_w) * time_s)
 
 
+def host_bound(point: Mapping[str, Any]) -> bool:
+    """Whether launching took the host as long as the GPU worked."""
+    return bool(point["host_s"] >= HOST_BOUND * point["time_s"])
+
+
 @dataclass(frozen=True)
 class Compared:
     """A point, and the layer without overlap beside it (None for what is not a pair)."""
@@ -96,7 +112,7 @@ class Compared:
 
     @property
     def host_bound(self) -> bool:
-        return bool(self.point["host_s"] >= HOST_BOUND * self.point["time_s"])
+        return host_bound(self.point)
 
     @property
     def overlapped(self) -> bool:
@@ -165,6 +181,38 @@ def overlap_ratio(row: Compared, quantity: str) -> float:
     return (1 + said) / (1 + found)
 
 
+def channel_fit(result: Mapping[str, Any]) -> tuple[float, float]:
+    """Bytes a second of one SM, by 1 and 4 CTAs, and the corner that 16 of them ask for."""
+    node = Collectives.load(gpu_of(result["device"][0]["name"]) or "")
+    measured_s = {
+        point["ctas"]: measured(point).time_s
+        for point in result["points"]
+        if point["what"] == "all_reduce" and point["rows"] == FITTED_ROWS
+    }
+    timed = node.time_s("all_reduce", np.array([FITTED_ROWS * result["columns"] * 2.0]), result["gpus"], "nccl")
+    (whole_s,), (sent,) = timed.time_s, timed.wire_bytes
+    rate = float(np.mean([sent / (ctas * measured_s[ctas]) for ctas in (1, 4)]))
+
+    def error(corner: float) -> float:
+        return abs(math.log(float(roofline(whole_s, sent / (16 * rate), corner).time_s) / measured_s[16]))
+
+    return rate, float(min(CORNERS, key=error))
+
+
+def power_fit(result: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Watts above idle of a GPU in an all-reduce alone: as long as it runs, for each byte a second that it sends, and
+    the largest error of a line through all numbers of CTAs and rows."""
+    points = [point for point in result["points"] if all(point["gpus"])]
+    power_w = [float(np.mean([window["power_w"] for window in point["gpus"]])) for point in points]
+    idle_w = power_w[next(i for i, point in enumerate(points) if point["what"] == "idle")]
+    rows = [i for i, point in enumerate(points) if point["what"] == "all_reduce" and not host_bound(point)]
+    sent = 2 * (1 - 1 / result["gpus"]) * result["columns"] * 2.0  # bytes for each row of a ring's
+    terms = np.array([[1.0, sent * points[i]["rows"] / measured(points[i]).time_s] for i in rows])
+    above_w = np.array([power_w[i] - idle_w for i in rows])
+    (running_w, byte_j), *_ = np.linalg.lstsq(terms, above_w, rcond=None)
+    return float(running_w), float(byte_j), float(np.max(np.abs(terms @ (running_w, byte_j) - above_w)))
+
+
 def best_sms(rows: Iterable[Compared], quantity: str) -> Iterator[tuple[str, int, int]]:
     """For each layer, rows and stages that were measured with several numbers of CTAs (0: as many as NCCL takes), the
     best of them, measured and predicted."""
@@ -192,6 +240,7 @@ def report(path: pathlib.Path) -> str:
     groups = {
         "GEMM alone": [row for row in alone if row.point["what"] == "gemm" and not row.host_bound],
         "all-reduce alone": [row for row in alone if row.point["what"] == "all_reduce" and not row.host_bound],
+        "- few SMs, held out": [row for row in alone if row.point["ctas"] and row.point["rows"] in HELD_OUT_ROWS],
         "one after the other": [row for row in rows if row.plain and not row.overlapped and not row.host_bound],
         "overlapped": counted,
     }
@@ -200,6 +249,14 @@ def report(path: pathlib.Path) -> str:
     ]  # fmt: skip
     summary.append(["overlapped, against not", str(len(counted)), *_spreads(counted, overlap_ratio)])
     lines += [table(["", "points", "time MAPE", "std", "energy MAPE", "std"], summary), ""]
+    rate, corner = channel_fit(result)
+    running_w, byte_j, error_w = power_fit(result)
+    lines += [
+        f"an SM sends {rate / 1e9:.1f} GB/s, corner {corner:.1f}",
+        f"a GPU in an all-reduce alone draws {running_w:.0f} W above idle and {byte_j * 1e9:.2f} nJ a byte sent, "
+        f"within {error_w:.0f} W",
+        "",
+    ]
     best = [
         [name, quantity, *(str(ctas or "NCCL's") for ctas in pair)]
         for quantity in ("time_s", "energy_j")

@@ -25,7 +25,7 @@ from energylens_vllm.energy.expert_exchange import EXCHANGE_STD, ExpertExchanges
 from energylens_vllm.energy.factors import Factors
 from energylens_vllm.energy.interval import COMMUNICATION_STD, CONTEXT_PARALLEL_STD, Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
-from energylens_vllm.energy.overlap import OVERLAP_STD, DualBatch, DualBatchStep, Overlap, StagedStep
+from energylens_vllm.energy.overlap import DualBatch, DualBatchStep, Overlap, StagedStep, overlap_std
 from energylens_vllm.energy.precision import format_of, kernel_format, widths
 from energylens_vllm.energy.queueing import OpenServing, serve_openly
 from energylens_vllm.energy.routing_load import LoadTable, Placement, RankLoads, Routing, imbalance
@@ -156,7 +156,7 @@ class EnergyModel:
         self._gpus = deployment.gpus_per_stage * np.array(list(unlike.values()), dtype=np.float64)[:, None]
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
         if overlap is not None:
-            self._uncertainty = self._uncertainty.wider("overlap_not_measured", OVERLAP_STD)
+            self._uncertainty = self._uncertainty.wider("overlap_not_measured", overlap_std(overlap, self.profile.name))
         if mesh.pcp > 1 or mesh.dcp > 1:
             self._uncertainty = self._uncertainty.wider("context_parallel", CONTEXT_PARALLEL_STD)
         if self._exchanges:

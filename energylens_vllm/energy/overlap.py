@@ -5,14 +5,18 @@ part i is sent while part i + 1 is computed. Two ways:
 
 `Overlap`     Megatron's: the kernel that produces what a collective sends (or consumes what it brings) and the
               collective are cut into S stages over the tokens. Per pair, with a stage's compute time c and time of
-              communication m,  t = c + (S - 1) max(c, m) + m.
+              communication m,  t = a (c + m) + (S - a) max(c, m),  a = min(S, 2).
 `DualBatch`   vLLM's (`enable_dbo`): a step's requests in two halves that take turns; over the layers of a step, with a
               half's compute time c and time of communication m,  t = max(2 c, c + m).
 
 c is on the SMs that are left, k fewer, at the rows of a stage: small parts fill tiles badly, and each reads all weights
-again, in time as in joules. m is at least  bytes sent / (k x one SM's rate on the links). Joules of communication:
+again, in time as in joules. m is bound by  bytes sent / (k x one SM's rate on the links). Joules of communication:
 the SMs that drive it, for as long as they do, and the same bytes as ever. Static power follows the time. So more SMs
 send faster, compute slower and burn more; which number is best is for `fronts` of several to say.
+
+a stages of both are exposed, not one: a collective is ready when the next stage's GEMM is, finds no SMs or too few
+while that runs, and runs beside the one after. So two stages hide nothing. Layers on two H200s show it, with NCCL and
+cuBLAS as they come (docs/serving.md).
 
 Not modelled: memory bandwidth that a collective takes from the computation beside it (a tenth of HBM at most on links
 of 300 to 900 GB/s), and what synchronising the stages costs the host outside CUDA graphs.
@@ -31,20 +35,27 @@ from energylens_vllm.energy.batch import Array, Steps
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.expert_exchange import ExpertExchanges
 from energylens_vllm.energy.step import Exchanged, GpuStep, Work, per_token
-from energylens_vllm.energy.timing import Timed
+from energylens_vllm.energy.timing import Timed, roofline
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware.profile import GpuProfile
 
-#: Bytes a second that one SM (a channel of NCCL) sends. Source: NVIDIA/nccl, src/graph/tuning.cc, perChMaxRingLL128Bws:
-#: Ampere 20, Hopper 36.7, Blackwell 40 GB/s. Ada, without NVLink: as Ampere.
-SM_LINK_BYTES_PER_S = {
+#: Bytes a second that a channel of NCCL, which is one SM, sends at most. Source: NVIDIA/nccl, src/graph/tuning.cc,
+#: perChMaxRingLL128Bws: Ampere 20, Hopper 36.7, Blackwell 40 GB/s. Ada, without NVLink: as Ampere.
+CHANNEL_BYTES_PER_S = {
     "A100-SXM-80GB": 20e9, "H100-SXM": 36.7e9, "H200-SXM": 36.7e9, "B200-SXM": 40e9, "L40S": 20e9,
 }  # fmt: skip
+#: What it reaches of that, and the corner between few SMs and all that NCCL takes of itself (`roofline`). Source:
+#: all-reduces of 134 MB between two H200s with 1, 4 and 16 CTAs (benchmarks/overlap_gpu.py --replay); other GPUs: taken
+#: to be alike.
+CHANNEL_SHARE, CHANNEL_CORNER = 0.55, 4.0
 #: SMs behind an interconnect's `communication_power_w` (docs/collectives.md: 16 to 36).
 DRIVING_SMS = 24.0
-#: Relative standard deviation of time and energy of overlapped steps: no measurement stands behind them here, and a
-#: like model misses measured energy by 13 % (docs/paper.md).
-OVERLAP_STD = 0.13
+#: Relative standard deviations of time and energy of overlapped steps. Measured: layers in stages on two H200s,
+#: relative to the same without overlap (benchmarks/overlap_gpu.py --replay: 6.4 % of time, 4.5 % of energy; the form of
+#: `Overlap` was chosen on them, no constant is fitted to them). Elsewhere: what a like model misses measured energy by
+#: (docs/paper.md).
+MEASURED_STD, UNMEASURED_STD = 0.065, 0.13
+MEASURED_GPU = "H200-SXM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,11 @@ def _check(name: str, value: Any) -> None:
         raise EnergyLensError(f"overlap: {name} {value!r} is not a positive whole number")
 
 
+def overlap_std(overlap: Overlap | DualBatch, gpu: str) -> float:
+    """Relative standard deviation that `overlap` adds to a step's time and energy on the GPU of a profile."""
+    return MEASURED_STD if isinstance(overlap, Overlap) and gpu == MEASURED_GPU else UNMEASURED_STD
+
+
 def on_fewer_sms(profile: GpuProfile, sms: int) -> GpuProfile:
     """The GPU that is left for computation. Raises EnergyLensError where nothing is left."""
     if sms >= profile.sm_count:
@@ -101,8 +117,8 @@ def driven_by(
     assert shape is not None
     timed = exchanges.timed(kernel, message_bytes) if exchanges else None
     timed = timed or collectives.time_s(shape.op, message_bytes, shape.size, "nccl")
-    rate = SM_LINK_BYTES_PER_S.get(gpu, SM_LINK_BYTES_PER_S["H100-SXM"])
-    time_s = np.maximum(timed.time_s, timed.wire_bytes / (sms * rate))
+    rate = CHANNEL_SHARE * CHANNEL_BYTES_PER_S.get(gpu, CHANNEL_BYTES_PER_S["H100-SXM"])
+    time_s = roofline(timed.time_s, timed.wire_bytes / (sms * rate), CHANNEL_CORNER).time_s
     node = collectives.interconnect
     driven_j = node["communication_power_w"] * sms / DRIVING_SMS * time_s
     return Exchanged(time_s, driven_j + node["energy_per_link_byte_j"] * timed.wire_bytes)
@@ -175,10 +191,11 @@ class StagedStep(GpuStep):
         message = per_token(pair.collective.activation_bytes, rows / stages)
         gpu, sms = self.profile.name, self.overlap.sms
         sent = driven_by(self.collectives, gpu, sms, pair.collective, message, self.expert_exchanges)
+        exposed = min(stages, 2)
         longer = np.maximum(part.time_s, sent.time_s)
-        time_s = part.time_s + (stages - 1) * longer + sent.time_s
-        # What follows the clock: the first part, and the others while computation is the longer of the two.
-        clocked_s = part.clocked_s * np.where(part.time_s >= sent.time_s, stages, 1)
+        time_s = exposed * (part.time_s + sent.time_s) + (stages - exposed) * longer
+        # What follows the clock: exposed parts, and the others while computation is the longer of the two.
+        clocked_s = part.clocked_s * np.where(part.time_s >= sent.time_s, stages, exposed)
         launch = Work(rows)
         launch.run(Timed(time_s, clocked_s))
         launch.communication_s = time_s - stages * part.time_s

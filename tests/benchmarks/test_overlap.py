@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from energylens_vllm.energy.overlap import DRIVING_SMS
+from energylens_vllm.energy.overlap import CHANNEL_BYTES_PER_S, CHANNEL_CORNER, CHANNEL_SHARE, MEASURED_STD
 from energylens_vllm.errors import EnergyLensError
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,10 @@ def result_of(recorded: ModuleType, factors: list[tuple[dict[str, Any], float, f
         gpus = [dict(power_w=0.6 * power_w), dict(power_w=0.4 * power_w)]
         points.append(given | dict(time_s=time_s, rank_s=[0.9 * time_s, time_s], gpus=gpus))
     traces = [dict(ctas=16, kernels=[dict(name=NCCL, grid=[16])]), dict(ctas=0, kernels=[dict(name=NCCL, grid=[24])])]
-    return dict(device=[dict(name="NVIDIA H200")], gpus=2, points=points, traces=traces)
+    for what, ctas in (("idle", 0), ("all_reduce", 1), ("all_reduce", 4), ("all_reduce", 16)):  # what rates come from
+        gpus = [dict(power_w=100.0 + ctas)] * 2
+        points.append(point(what, 0, ctas=ctas) | dict(rank_s=[1e-2 / max(ctas, 1)], time_s=1e-2, gpus=gpus))
+    return dict(device=[dict(name="NVIDIA H200")], gpus=2, columns=8192, points=points, traces=traces)
 
 
 def test_a_gpu_without_a_profile_is_refused(recorded: ModuleType) -> None:
@@ -60,7 +63,7 @@ def test_what_is_compared_is_predicted_over_measured(recorded: ModuleType, tmp_p
         (pair, 1.25, 0.8),
         (pair | dict(stages=2), 1.0, 1.0),
     ])  # fmt: skip
-    gemm, plain, four, two = recorded.compare(result)
+    gemm, plain, four, two, *_ = recorded.compare(result)
     assert gemm.ratio("time_s") == pytest.approx(0.8)
     assert (gemm.ratio("energy_j"), gemm.plain) == (pytest.approx(1.0), None)
     assert plain.ratio("energy_j") == pytest.approx(1.25)
@@ -99,12 +102,37 @@ def test_the_best_number_of_sms_is_by_each_side(recorded: ModuleType) -> None:
     assert predicted == min(given, key=lambda each: recorded.Model("H200-SXM", 2, 24).layer(each).time_s)["ctas"] != 1
 
 
-def test_an_all_reduce_is_of_the_sms_that_drive_it(recorded: ModuleType) -> None:
-    """So many that NCCL takes of itself cost what the interconnect says; one costs 3.7 ms for 134 MB at 36.7 GB/s."""
-    model = recorded.Model("H200-SXM", 2, int(DRIVING_SMS))
-    one, all_, theirs = (model.layer(point("all_reduce", 0, ctas=ctas)) for ctas in (1, int(DRIVING_SMS), 0))
-    assert one.time_s == pytest.approx(8192 * 8192 * 2 / 36.7e9)
-    assert (all_.time_s, all_.energy_j) == pytest.approx((theirs.time_s, theirs.energy_j))
+def test_all_reduces_alone_say_how_fast_an_sm_sends(recorded: ModuleType) -> None:
+    """Of a result made with 10 GB/s an SM, which 16 of them do not add up to."""
+    message, whole_s = 8192 * 8192 * 2.0, recorded.Model("H200-SXM", 2, 24).layer(point("all_reduce", 0)).time_s
+    rows = []
+    for ctas in (1, 4, 16):
+        few_s = message / (ctas * 10e9)
+        time_s = few_s if ctas < 16 else (few_s**3 + whole_s**3) ** (1 / 3)
+        rows.append(point("all_reduce", 0, ctas=ctas) | dict(rank_s=[time_s], gpus=[None]))
+    result = dict(device=[dict(name="NVIDIA H200")], gpus=2, columns=8192, points=rows)
+    assert recorded.channel_fit(result) == pytest.approx((10e9, 3.0))
+
+
+def test_power_of_all_reduces_is_a_line_in_what_they_send(recorded: ModuleType) -> None:
+    """Each number of CTAs draws as many watts more, and sends 13.4 GB/s for each."""
+    result = result_of(recorded, [])
+    assert recorded.power_fit(result) == pytest.approx((0.0, 1 / (8192 * 8192 * 2 / 1e-2), 0.0), abs=1e-9)
+    for each in result["points"]:
+        if each["what"] == "all_reduce":
+            each["gpus"] = [dict(power_w=window["power_w"] + 30.0) for window in each["gpus"]]
+    assert recorded.power_fit(result)[0] == pytest.approx(30.0)
+
+
+def test_what_was_measured_is_inside_what_the_model_allows_for(recorded: ModuleType) -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "overlap_h200" / "overlap.json").read_text())
+    assert recorded.channel_fit(result) == pytest.approx(
+        (CHANNEL_SHARE * CHANNEL_BYTES_PER_S["H200-SXM"], CHANNEL_CORNER), rel=0.02
+    )
+    rows = [row for row in recorded.compare(result) if row.overlapped and row.spared and not row.host_bound]
+    assert len(rows) == 18
+    for quantity in ("time_s", "energy_j"):
+        assert recorded.spread(recorded.overlap_ratio(row, quantity) for row in rows)[1] < MEASURED_STD
 
 
 @pytest.mark.vllm
