@@ -3,10 +3,10 @@
     energylens explore --model llama-3.1-70b --gpu H100-SXM --max-gpus 8 --prompt 1000 --output 300 --tpot 50ms
     energylens explore --model qwen3-30b-a3b --gpu H100-SXM --gpu H200-SXM --prompt 1000 --output 300 --rate 20/s
 
-Tries every tensor, pipeline and data parallel degree that vLLM accepts for the model, number formats, batch limits and,
-for a rate, replicas; keeps those that fit the memory as vLLM divides it, and the latencies; prints the best ones, why,
-and the command that starts each. How good the answers of a quantized model are is not judged: give --quantization none
-to leave the weights as they are.
+Tries every degree of parallelism that vLLM accepts for the model, number formats, batch limits and, for a rate,
+replicas; keeps those that fit the memory as vLLM divides it, and the latencies; prints the best ones, why, and the
+command that starts each. How good the answers of a quantized model are is not judged: give --quantization none to leave
+the weights as they are.
 
 Without --rate a deployment is taken to be always full; with it, requests arrive at random and idle time counts.
 """
@@ -69,6 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         tried.add_argument(
             f"--{name}-parallel-size", short, type=int, nargs="+", metavar="N", help=f"{what} (default: all that can)"
         )
+    tried.add_argument(
+        "--prefill-context-parallel-size", "-pcp", type=int, nargs="+", default=[1], metavar="N",
+        help="GPUs that split each step's tokens, of latent attention (default: 1)",
+    )  # fmt: skip
+    tried.add_argument(
+        "--decode-context-parallel-size", "-dcp", type=int, nargs="+", metavar="N",
+        help="of the tensor-parallel GPUs, that share out each KV cache (default: 1, and as many as can)",
+    )  # fmt: skip
+    tried.add_argument(
+        "--dcp-comm-backend", nargs="+", default=["ag_rs"], metavar="NAME",
+        help="how these put their outputs together, ag_rs or a2a (default: ag_rs)",
+    )  # fmt: skip
     tried.add_argument(
         "--enable-expert-parallel", "-ep", action=argparse.BooleanOptionalAction,
         help="whole experts on each GPU (default: with and without)",
@@ -159,6 +171,9 @@ def _space(args: argparse.Namespace) -> Space:
         tensor_parallel_size=several("tensor_parallel_size"),
         pipeline_parallel_size=several("pipeline_parallel_size"),
         data_parallel_size=several("data_parallel_size"),
+        prefill_context_parallel_size=tuple(args.prefill_context_parallel_size),
+        decode_context_parallel_size=several("decode_context_parallel_size"),
+        dcp_comm_backend=tuple(args.dcp_comm_backend),
         enable_expert_parallel=args.enable_expert_parallel,
         quantization=methods,
         kv_cache_dtype=None if args.kv_cache_dtype is None else tuple(args.kv_cache_dtype),

@@ -13,7 +13,7 @@ from energylens_vllm.explore.memory import Memory
 from energylens_vllm.explore.space import Load, Space
 from energylens_vllm.hardware.profile import GpuProfile
 
-DEFAULT_BACKEND = Deployment().all2all_backend
+DEFAULT_BACKEND, DEFAULT_COMBINE = Deployment().all2all_backend, Deployment().dcp_comm_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ def _describe(deployment: Deployment) -> str:
             ("TP", deployment.tensor_parallel_size),
             ("PP", deployment.pipeline_parallel_size),
             ("DP", deployment.data_parallel_size),
+            ("PCP", deployment.prefill_context_parallel_size),
+            ("DCP", deployment.decode_context_parallel_size),
         )
         if degree > 1
     ]
@@ -58,6 +60,7 @@ def _describe(deployment: Deployment) -> str:
     copies = deployment.num_redundant_experts
     parts.append((f"EPLB +{copies}" if copies else "EPLB") if deployment.enable_eplb else "")
     parts.append("" if deployment.all2all_backend == DEFAULT_BACKEND else deployment.all2all_backend)
+    parts.append("" if deployment.dcp_comm_backend == DEFAULT_COMBINE else deployment.dcp_comm_backend)
     parts.append("DBO" if deployment.enable_dbo else "")
     parts.append(deployment.quantization or "")
     parts.append(f"{deployment.kv_cache_dtype} KV" if deployment.kv_cache_dtype != "auto" else "")

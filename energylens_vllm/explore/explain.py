@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from energylens_vllm.energy import Deployment
-from energylens_vllm.explore.engine import DEFAULT_BACKEND
+from energylens_vllm.explore.engine import DEFAULT_BACKEND, DEFAULT_COMBINE
 from energylens_vllm.explore.search import Exploration
 from energylens_vllm.explore.space import MAX_CAPTURE_SIZE
 from energylens_vllm.explore.steady import steady
@@ -117,9 +117,13 @@ def command(found: Exploration, index: int, served: str, quantized: bool = False
         ("--tensor-parallel-size", deployment.tensor_parallel_size),
         ("--pipeline-parallel-size", deployment.pipeline_parallel_size),
         ("--data-parallel-size", deployment.data_parallel_size),
+        ("--prefill-context-parallel-size", deployment.prefill_context_parallel_size),
+        ("--decode-context-parallel-size", deployment.decode_context_parallel_size),
     ):
         if degree > 1:
             words += [flag, str(degree)]
+    if deployment.dcp_comm_backend != DEFAULT_COMBINE:
+        words += ["--dcp-comm-backend", deployment.dcp_comm_backend]
     if deployment.enable_expert_parallel:
         words.append("--enable-expert-parallel")
     if deployment.enable_eplb:
@@ -271,6 +275,9 @@ def row(found: Exploration, index: int) -> dict[str, object]:
         "tensor_parallel_size": deployment.tensor_parallel_size,
         "pipeline_parallel_size": deployment.pipeline_parallel_size,
         "data_parallel_size": deployment.data_parallel_size,
+        "prefill_context_parallel_size": deployment.prefill_context_parallel_size,
+        "decode_context_parallel_size": deployment.decode_context_parallel_size,
+        "dcp_comm_backend": deployment.dcp_comm_backend,
         "enable_expert_parallel": deployment.enable_expert_parallel,
         "enable_eplb": deployment.enable_eplb,
         "num_redundant_experts": deployment.num_redundant_experts,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from energylens_vllm.einsum import AttentionShape, Kernel
+from energylens_vllm.einsum import AttentionShape, Kernel, Mesh
 from energylens_vllm.energy import EnergyModel
 from energylens_vllm.energy.batch import Array
 from energylens_vllm.energy.precision import widths
@@ -42,16 +42,18 @@ HEADROOM_STD = 3.0
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One GPU of a pipeline stage: bytes of its weights, of a profiling run's token and sampled row, and of the cache
-    of a token by how many tokens a layer keeps at most (infinite for full attention)."""
+    of a token by how many tokens a layer keeps at most (infinite for full attention). Where contexts are split, the
+    GPU keeps its part of each block, which is of as many more tokens."""
 
     weights: float
     per_token: float
     per_row: float
     cache: tuple[tuple[float, float], ...]  #: (most tokens kept, bytes a token)
+    block_tokens: int = BLOCK_TOKENS
 
     def request_bytes(self, length: npt.ArrayLike) -> Array:
         """Cache that requests of `length` tokens hold, in whole blocks."""
-        tokens = np.ceil(np.asarray(length, np.float64) / BLOCK_TOKENS) * BLOCK_TOKENS
+        tokens = np.ceil(np.asarray(length, np.float64) / self.block_tokens) * self.block_tokens
         return np.asarray(sum(size * np.minimum(tokens, most) for most, size in self.cache) + 0.0 * tokens)
 
 
@@ -79,7 +81,7 @@ class Memory:
             fixed=WORKSPACE_BYTES
             + (COMMUNICATOR_BYTES if deployment.num_gpus > 1 else 0.0)
             + (0.0 if deployment.enforce_eager else GRAPH_BYTES),
-            stages=tuple(_stage(by_stage[i], size, mesh.tp) for i, size in enumerate(weights)),
+            stages=tuple(_stage(by_stage[i], size, mesh) for i, size in enumerate(weights)),
         )
 
     @property
@@ -122,19 +124,20 @@ def cuda_bytes(profile: GpuProfile) -> float:
     return 0.99 * profile.memory_bytes if gib is None else gib * 2.0**30
 
 
-def _stage(kernels: list[Kernel], weights: float, tensor_ranks: int) -> Stage:
+def _stage(kernels: list[Kernel], weights: float, mesh: Mesh) -> Stage:
     cache: dict[float, float] = {}
     for kernel in kernels:
         if kernel.attention is not None and kernel.phase != "prefill":  # latent attention has a kernel for each phase
             most = _kept(kernel.attention)
             cache[most] = cache.get(most, 0.0) + kernel.count * kernel.kv_read_bytes.keys
     local = [kernel for kernel in kernels if kernel.collective is None]
-    head = [k.gemm.n * tensor_ranks for k in local if k.gemm is not None and k.gemm.rows == "sampled"]
+    head = [k.gemm.n * mesh.tp for k in local if k.gemm is not None and k.gemm.rows == "sampled"]
     return Stage(
         weights=weights,
         per_token=max(kernel.activation_bytes.tokens for kernel in local),
         per_row=LOGIT_BYTES * max(head, default=0),
         cache=tuple(sorted(cache.items())),
+        block_tokens=BLOCK_TOKENS * mesh.dcp,
     )
 
 

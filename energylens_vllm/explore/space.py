@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from energylens_vllm.einsum import Cascade, Mesh, Widths
 from energylens_vllm.einsum.errors import EinsumError
 from energylens_vllm.energy import Deployment
+from energylens_vllm.energy.deployment import DCP_COMM_BACKENDS
 from energylens_vllm.energy.expert_exchange import ALL2ALL_BACKENDS
 from energylens_vllm.energy.precision import QUANTIZATIONS, format_of
 from energylens_vllm.errors import EnergyLensError, unknown
@@ -104,12 +105,17 @@ class Space:
     #: where data and expert parallelism go together, how tokens reach other ranks' experts
     all2all_backend: tuple[str, ...] = ("allgather_reducescatter",)
     enable_dbo: bool = False  #: also dual-batch overlap there, with DeepEP's kernels as vLLM has it
+    #: parts of contexts over the tensor-parallel GPUs, None: 1 and the most; how their outputs are put together
+    decode_context_parallel_size: tuple[int, ...] | None = None
+    dcp_comm_backend: tuple[str, ...] = ("ag_rs",)
+    prefill_context_parallel_size: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         if not self.gpus:
             raise EnergyLensError("gpus: none given")
         for name in ("max_gpus", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-                     "max_num_seqs", "max_num_batched_tokens"):  # fmt: skip
+                     "max_num_seqs", "max_num_batched_tokens", "prefill_context_parallel_size",
+                     "decode_context_parallel_size"):  # fmt: skip
             given = getattr(self, name)
             for value in given if isinstance(given, tuple) else (given,):
                 if value is not None and value < 1:
@@ -122,6 +128,9 @@ class Space:
         for backend in self.all2all_backend:
             if backend not in ALL2ALL_BACKENDS:
                 raise unknown("all2all_backend", backend, ALL2ALL_BACKENDS)
+        for backend in self.dcp_comm_backend:
+            if backend not in DCP_COMM_BACKENDS:
+                raise unknown("dcp_comm_backend", backend, DCP_COMM_BACKENDS)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise EnergyLensError(f"gpu_memory_utilization: {self.gpu_memory_utilization!r}; accepted: above 0, to 1")
 
@@ -137,22 +146,26 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
     experts = any(cascade.expert_rank(block) for block in cascade.blocks)
     for gpu in dict.fromkeys(space.gpus):
         profile = load_profile(gpu)
-        for tp, pp, dp, ep in _degrees(cascade, experts, space):
+        for mesh in _degrees(cascade, experts, space):
             for method in _quantizations(quantization, profile, space):
-                if not _blocks_fit(cascade, method, Mesh(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep else 1)):
+                if not _blocks_fit(cascade, method, mesh):
                     continue
-                for cache, limit, placed, sent in itertools.product(
+                for cache, limit, placed, sent, combined in itertools.product(
                     _cache_types(profile, space),
                     space.power_limit_w or (None,),
-                    _placements(cascade, tp * dp, space) if ep else ({},),
-                    _exchanges(profile, space) if ep and dp > 1 else ({},),
+                    _placements(cascade, mesh.ep, space) if mesh.ep > 1 else ({},),
+                    _exchanges(profile, space) if mesh.ep > 1 and mesh.dp > 1 and mesh.pcp == 1 else ({},),
+                    dict.fromkeys(space.dcp_comm_backend) if mesh.dcp > 1 else ("ag_rs",),
                 ):
                     yield Deployment(
                         gpu=gpu,
-                        tensor_parallel_size=tp,
-                        pipeline_parallel_size=pp,
-                        data_parallel_size=dp,
-                        enable_expert_parallel=ep,
+                        tensor_parallel_size=mesh.tp,
+                        pipeline_parallel_size=mesh.pp,
+                        data_parallel_size=mesh.dp,
+                        prefill_context_parallel_size=mesh.pcp,
+                        decode_context_parallel_size=mesh.dcp,
+                        dcp_comm_backend=combined,
+                        enable_expert_parallel=mesh.ep > 1,
                         quantization=method,
                         kv_cache_dtype=cache,
                         cudagraph_capture_sizes=CAPTURE_SIZES,
@@ -188,25 +201,47 @@ def _exchanges(profile: GpuProfile, space: Space) -> Iterator[dict[str, Any]]:
             yield {"all2all_backend": backend, "enable_dbo": True}
 
 
-def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[tuple[int, int, int, bool]]:
+def _degrees(cascade: Cascade, experts: bool, space: Space) -> Iterator[Mesh]:
     every = range(1, space.max_gpus + 1)
-    asked = space.tensor_parallel_size is not None
+    found, refused = False, None
     for tp in space.tensor_parallel_size or every:
-        if not _splits(cascade, Mesh(tp=tp), asked):
+        if not _splits(cascade, tp, space):
             continue
-        for dp in space.data_parallel_size or (every if experts else (1,)):
-            if tp * dp > space.max_gpus:
+        for dp, pcp, dcp in itertools.product(
+            space.data_parallel_size or (every if experts else (1,)),
+            space.prefill_context_parallel_size,
+            space.decode_context_parallel_size or _context_parts(cascade, tp),
+        ):
+            ranks = tp * pcp * dp
+            if ranks > space.max_gpus:
                 continue
-            for ep in (False, True):
-                wanted = space.enable_expert_parallel
-                if ep and (not experts or tp * dp == 1 or wanted is False):
+            for ep in _expert_ranks(ranks if experts else 1, space.enable_expert_parallel):
+                mesh = Mesh(tp=tp, dp=dp, ep=ep, pcp=pcp, dcp=dcp)
+                if (problem := _lowers(cascade, mesh)) is not None:
+                    refused = problem
                     continue
-                if not ep and wanted and experts and tp * dp > 1:
-                    continue
-                if _splits(cascade, Mesh(tp=tp, dp=dp, ep=tp * dp if ep else 1), asked=False):
-                    for pp in _stages(cascade, space):
-                        if tp * dp * pp <= space.max_gpus:
-                            yield tp, pp, dp, ep
+                for pp in _stages(cascade, space):
+                    if ranks * pp <= space.max_gpus:
+                        found = True
+                        yield replace(mesh, pp=pp)
+    for field in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if not found and refused is not None and (asked := getattr(space, field)) not in (None, (1,)):
+            degrees = " or ".join(map(str, asked))
+            raise EnergyLensError(f"{field}: {degrees} does not split {cascade.name}: {refused}") from refused
+
+
+def _context_parts(cascade: Cascade, tp: int) -> Sequence[int]:
+    """Whole contexts, and split over as many GPUs as can: where splitting them takes less energy, more parts take
+    less, or hardly more."""
+    for parts in range(tp, 1, -1):
+        if tp % parts == 0 and _lowers(cascade, Mesh(tp=tp, dcp=parts)) is None:
+            return 1, parts
+    return (1,)
+
+
+def _expert_ranks(ranks: int, wanted: bool | None) -> Sequence[int]:
+    """Degrees of expert parallelism over `ranks` GPUs."""
+    return (1,) if ranks == 1 or wanted is False else (ranks,) if wanted else (1, ranks)
 
 
 def _stages(cascade: Cascade, space: Space) -> Iterator[int]:
@@ -219,15 +254,21 @@ def _stages(cascade: Cascade, space: Space) -> Iterator[int]:
             raise EnergyLensError(f"pipeline_parallel_size: {stages} stages for the {layers} layers of {cascade.name}")
 
 
-def _splits(cascade: Cascade, mesh: Mesh, asked: bool) -> bool:
-    """Whether the network can be split so. Raises what says why not where the tensor parallel degree was asked for."""
+def _splits(cascade: Cascade, tp: int, space: Space) -> bool:
+    """Whether the network can be split so. Raises what says why not where the degree was asked for."""
+    problem = _lowers(cascade, Mesh(tp=tp))
+    if problem is not None and space.tensor_parallel_size is not None:
+        raise EnergyLensError(f"tensor_parallel_size: {tp} does not split {cascade.name}: {problem}") from problem
+    return problem is None
+
+
+def _lowers(cascade: Cascade, mesh: Mesh) -> EinsumError | None:
+    """What is wrong with splitting the network so, if anything."""
     try:
         cascade.kernels(Widths(), mesh)
     except EinsumError as error:
-        if asked:
-            raise EnergyLensError(f"tensor_parallel_size: {mesh.tp} does not split {cascade.name}: {error}") from error
-        return False
-    return True
+        return error
+    return None
 
 
 def _blocks_fit(cascade: Cascade, quantization: str | None, mesh: Mesh) -> bool:
