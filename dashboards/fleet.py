@@ -229,6 +229,8 @@ _TOLD = Row(
                     "energylens_replica_info",
                     *ENGINE,
                     "data_parallel_size",
+                    "prefill_context_parallel_size",
+                    "decode_context_parallel_size",
                     "enable_expert_parallel",
                     "kv_cache_dtype",
                     "max_num_seqs",

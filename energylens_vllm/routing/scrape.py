@@ -51,7 +51,8 @@ _WANTED = tuple(f"{name}{end}" for name in (*(f"energylens_{name}" for name in _
 #: arguments of `Deployment` in the labels of the info metrics
 _WORDS = ("gpu", "dtype", "kv_cache_dtype", "vllm_release")
 _COUNTS = (
-    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens",
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size",
+    "decode_context_parallel_size", "max_num_seqs", "max_num_batched_tokens",
 )  # fmt: skip
 _FLAGS = ("enable_expert_parallel", "enforce_eager")
 

@@ -44,6 +44,7 @@ FLAGS = (
     "all2all_not_modelled",
     "all2all_not_measured",
     "overlap_not_measured",
+    "context_parallel",
     "other",
 )
 #: counters whose ratio says how much faster or slower steps are than predicted
@@ -415,6 +416,8 @@ ROUTING = (
         "1; with energylens_profile_info, what a router needs to predict this engine (with the setting `routing`).",
         (
             ("data_parallel_size", ()),
+            ("prefill_context_parallel_size", ()),
+            ("decode_context_parallel_size", ()),
             ("enable_expert_parallel", ()),
             ("kv_cache_dtype", ()),
             ("max_num_seqs", ()),

@@ -118,6 +118,8 @@ class Replica:
             "energylens_replica_info",
             1.0,
             str(deployment.data_parallel_size),
+            str(deployment.prefill_context_parallel_size),
+            str(deployment.decode_context_parallel_size),
             str(deployment.enable_expert_parallel).lower(),
             str(deployment.kv_cache_dtype),
             str(deployment.max_num_seqs),

@@ -73,8 +73,8 @@ class EngineState(AggregateStatLoggerBase):
     @property
     def kv_tokens(self) -> float:
         """What the cache of a rank holds."""
-        cache = self._vllm_config.cache_config
-        return float(cache.num_gpu_blocks * cache.block_size) / self._ranks
+        cache, parts = self._vllm_config.cache_config, self._vllm_config.parallel_config.decode_context_parallel_size
+        return float(cache.num_gpu_blocks * cache.block_size * parts) / self._ranks
 
     def model(self) -> dict[str, Any]:
         """The model of this replica, for routers to make a step table of."""

@@ -12,8 +12,10 @@ def looker(scheduler: Any) -> Callable[[], Live]:
     """A function that looks at `scheduler`. Any thread may call it."""
     config = scheduler.kv_cache_config
     block_size = min(group.kv_cache_spec.block_size for group in config.kv_cache_groups)
-    # As vLLM says how many tokens its cache holds: groups of layers share the blocks.
-    kv_tokens = config.num_blocks // len(config.kv_cache_groups) * block_size
+    # As vLLM says how many tokens its cache holds: groups of layers share the blocks, of which GPUs that share out
+    # contexts keep parts.
+    parts = scheduler.vllm_config.parallel_config.decode_context_parallel_size
+    kv_tokens = config.num_blocks // len(config.kv_cache_groups) * block_size * parts
 
     def look() -> Live:
         requests = list(scheduler.requests.values())  # in one go: the engine's thread cannot change it meanwhile

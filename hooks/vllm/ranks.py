@@ -140,9 +140,9 @@ def _make(vllm_config: Any, chosen: settings.Settings, count: int, decisions: De
     started = start_predictor(describe(vllm_config), chosen.gpu)
     if not isinstance(started.predictor, ModelPredictor):
         raise EnergyLensError(started.problem)
-    cache = vllm_config.cache_config
+    cache, parts = vllm_config.cache_config, vllm_config.parallel_config.decode_context_parallel_size
     # vLLM adds up the blocks of all ranks; newer releases tell the tokens of one.
-    tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size / count
+    tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size * parts / count
     table = StepTable.compile(started.predictor.model, float(tokens))
     logger.info("energylens steers requests among %d ranks", count)
     return Ranks(table, count, chosen.ttft_target_s, chosen.tpot_target_s, decisions)

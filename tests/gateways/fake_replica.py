@@ -34,7 +34,8 @@ class Replica:
         now = self.stopped_s if self.stopped_s is not None else time.time()
         profile = f'gpu="{args.gpu}",source="setting",dtype="bfloat16",quantization="None"'
         profile += ',tensor_parallel_size="1",pipeline_parallel_size="1"'
-        info = 'data_parallel_size="1",enable_expert_parallel="false",kv_cache_dtype="auto",max_num_seqs="256"'
+        info = 'data_parallel_size="1",prefill_context_parallel_size="1",decode_context_parallel_size="1"'
+        info += ',enable_expert_parallel="false",kv_cache_dtype="auto",max_num_seqs="256"'
         info += ',max_num_batched_tokens="8192",enforce_eager="false",vllm_release="0.32.0"'
         values = {
             f"energylens_held_requests{{{common}}}": held,

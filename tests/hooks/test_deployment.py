@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,3 +93,19 @@ def test_a_split_that_the_network_does_not_have_is_refused(configured: Any, monk
     started = start_predictor(Engine(load_config("llama-3.1-8b"), engine.deployment, "NVIDIA H200", None))
     assert (started.predictor, started.state) == (None, "model_unknown")
     assert "rank g (8) differs between GPUs that were to share a context" in started.problem
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gpus_that_share_out_contexts_hold_more_tokens_together(parts: int) -> None:
+    """As vLLM says at its start: "GPU KV cache size: N tokens"."""
+    from energylens_vllm.hooks.vllm.live import looker
+
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
+    scheduler = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(num_blocks=100, kv_cache_groups=[group]),
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=parts)),
+        kv_cache_manager=SimpleNamespace(usage=0.25),
+        requests={},
+    )
+    seen = looker(scheduler)()
+    assert (seen.kv_tokens, seen.kv_tokens_used) == (1600 * parts, 400 * parts)

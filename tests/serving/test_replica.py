@@ -113,8 +113,8 @@ def test_steps_that_take_longer_than_predicted_leave_less_room() -> None:
 def test_info_says_what_a_router_needs() -> None:
     deployment = Deployment(gpu="H200-SXM", max_num_seqs=64, enforce_eager=True, vllm_release="0.32.0")
     told = Engine(EnergyModel("llama-3.1-8b", deployment)).report()
-    assert told["energylens_replica_info 1 false auto 64 8192 true 0.32.0"] == 1
-    assert BY_NAME["energylens_replica_info"].label_names[3:5] == ("max_num_seqs", "max_num_batched_tokens")
+    assert told["energylens_replica_info 1 1 1 false auto 64 8192 true 0.32.0"] == 1
+    assert BY_NAME["energylens_replica_info"].label_names[5:7] == ("max_num_seqs", "max_num_batched_tokens")
 
 
 def test_only_if_the_settings_say_so() -> None:
