@@ -66,7 +66,7 @@ class Lengths:
         on average."""
         prompt, output = float(prompts.mean()), float(outputs.mean())
         met = prompt + float((outputs**2).mean() / (2 * output))
-        return cls(prompt, prompt * (1 - hit_rate), output, context or met, spread)
+        return cls(prompt, prompt * (1 - hit_rate), output, met if context is None else context, spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,34 +179,50 @@ def serve(
 ) -> ServingPrediction:
     """See `EnergyModel.serving`: the mean over the steps of a `mixture`."""
     prompts, outputs = samples("prompt_tokens", prompt_tokens), samples("output_tokens", output_tokens)
-    if not (isinstance(concurrency, int | float) and math.isfinite(concurrency) and concurrency > 0):
-        raise EnergyLensError(f"concurrency: {concurrency!r} is not a positive number of requests")
+    for name, given in (("concurrency", concurrency), ("mean_context_tokens", mean_context_tokens)):
+        if given is not None and not (isinstance(given, int | float | np.number) and math.isfinite(given) and given > 0):
+            what = "requests" if name == "concurrency" else "tokens"
+            raise EnergyLensError(f"{name}: {given!r} is not a positive number of {what}")
     hit_rate, flags = hits(model, prefix_cache_hit_rate)
     spread = CHAT_SPREAD if prefix_cache_hit_rate is None else 0.0
     lengths = Lengths.of(prompts, outputs, hit_rate, mean_context_tokens, spread)
     deployment = model.deployment
-    ranks, in_flight = deployment.data_parallel_size, deployment.pipeline_parallel_size
-    batch = min(concurrency / ranks, deployment.max_num_seqs) / in_flight
+    ranks = deployment.data_parallel_size
+    running = min(float(concurrency) / ranks, float(deployment.max_num_seqs))
+    least = fewest(model)
     budget = np.array([deployment.max_num_batched_tokens], dtype=np.float64)
-    found = steady(model, np.array([batch * in_flight]), budget, lengths, drafts)
+    found = steady(model, np.array([max(running, least)]), budget, lengths, drafts)
 
     def one(values: Array) -> float:
         return float(values[0])
 
+    busy = min(running / least, 1.0)
+    power_w = model.idle_power_w + busy * (one(found.power_w) - model.idle_power_w)
+    tokens_per_s = busy * one(found.tokens_per_s)
+    token_j = power_w / tokens_per_s
+    dearer = token_j / one(found.token_j)  # by static power of what is empty
     return ServingPrediction(
-        energy_per_output_token_j=one(found.token_j),
-        energy_per_request_j=one(found.token_j) * lengths.output,
-        power_w=one(found.power_w),
-        output_tokens_per_s=one(found.tokens_per_s),
+        energy_per_output_token_j=token_j,
+        energy_per_request_j=token_j * lengths.output,
+        power_w=power_w,
+        output_tokens_per_s=tokens_per_s,
         inter_token_latency_s=one(found.tpot_s),
         time_to_first_token_s=one(found.ttft_s),
         step_time_s=one(found.step_s),
-        running=ranks * in_flight * batch,
-        prefill_energy_share=one(found.prefill_share),
-        interval_j=(one(found.low_j), one(found.high_j)),
+        running=ranks * running,
+        prefill_energy_share=one(found.prefill_share) / dearer,
+        interval_j=(one(found.low_j) * dearer, one(found.high_j) * dearer),
         flags=flags | (drafts.flags if drafts is not None else frozenset()),
         bubble_share=one(found.bubble_share),
     )
+
+
+def fewest(model: EnergyModel) -> float:
+    """Requests of a data-parallel rank that leave no stage of its pipeline empty; with fewer, completions and power
+    above idle are in proportion. Ranks that share experts step together, so that one request keeps all of them busy."""
+    deployment = model.deployment
+    together = deployment.data_parallel_size if any(kernel.experts for kernel in model.kernels) else 1
+    return deployment.pipeline_parallel_size / together
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +249,7 @@ def steady(
 ) -> Steady:  # fmt: skip
     """Closed queues of `running` requests on each data-parallel rank, whose steps take at most `budget` tokens.
 
-    `running` (at least the pipeline's stages) and `budget` broadcast to shape (N,). Row i is what
+    `running` (at least `fewest`) and `budget` broadcast to shape (N,). Row i is what
     `EnergyModel.serving` says of a deployment with `max_num_batched_tokens` budget[i] and a concurrency of running[i]
     on each rank; one call of the step model evaluates all of them, which is what makes thousands of deployments cheap.
     """

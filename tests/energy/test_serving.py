@@ -95,9 +95,50 @@ def test_replicas_serve_twice_as_much() -> None:
     assert two.power_w == pytest.approx(2 * one.power_w)
 
 
+def test_a_request_alone_reads_the_weights_of_each_stage_once() -> None:
+    """It passes the stages one after the other, while the others idle."""
+    four = EnergyModel("llama-3.1-8b", Deployment(pipeline_parallel_size=4))
+    one, alone = (model.serving(1, 500, 200, prefix_cache_hit_rate=0.0) for model in (MODEL, four))
+    assert alone.inter_token_latency_s == pytest.approx(one.inter_token_latency_s, rel=0.2)
+    above_idle = [
+        load.energy_per_output_token_j - model.idle_power_w / load.output_tokens_per_s
+        for model, load in ((MODEL, one), (four, alone))
+    ]
+    assert above_idle[1] == pytest.approx(above_idle[0], rel=0.1)
+    assert alone.power_w == pytest.approx(alone.energy_per_output_token_j * alone.output_tokens_per_s)
+    assert alone.interval_j[0] < alone.energy_per_output_token_j < alone.interval_j[1]
+
+
+def test_full_stages_take_up_where_empty_ones_end() -> None:
+    four = EnergyModel("llama-3.1-70b", Deployment(tensor_parallel_size=2, pipeline_parallel_size=4))
+    below, at, above = (four.serving(n, 500, 200) for n in (3.999, 4, 4.001))
+    for name in ("energy_per_output_token_j", "power_w", "output_tokens_per_s", "inter_token_latency_s"):
+        assert getattr(below, name) == pytest.approx(getattr(at, name), rel=1e-3)
+        assert getattr(above, name) == pytest.approx(getattr(at, name), rel=1e-3)
+
+
+def test_a_request_that_is_hardly_ever_there_leaves_idle_power() -> None:
+    rare = MODEL.serving(1e-6, 500, 200)
+    assert rare.power_w == pytest.approx(MODEL.idle_power_w, rel=1e-4)
+    assert rare.output_tokens_per_s == pytest.approx(1e-6 * MODEL.serving(1, 500, 200).output_tokens_per_s)
+
+
+def test_ranks_that_share_experts_step_together_for_one_request() -> None:
+    """Each reads the weights of its layers, with a request or without."""
+    sharing = EnergyModel("qwen3-30b-a3b", Deployment(data_parallel_size=4, enable_expert_parallel=True))
+    dense = EnergyModel("llama-3.1-8b", Deployment(data_parallel_size=4))
+    for model, least in ((sharing, 1), (dense, 4)):
+        idle_w, all_busy_w = model.idle_power_w, model.serving(least, 500, 200).power_w
+        share = (model.serving(least / 2, 500, 200).power_w - idle_w) / (all_busy_w - idle_w)
+        assert share == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"mean_context_tokens": 0}, "mean_context_tokens: 0 is not a positive number of tokens"),
+        ({"mean_context_tokens": -5}, "mean_context_tokens: -5"),
+        ({"concurrency": "8"}, "concurrency: '8'"),
         ({"concurrency": 0}, "concurrency: 0"),
         ({"concurrency": float("nan")}, "concurrency: nan"),
         ({"prompt_tokens": -1}, "prompt_tokens: -1"),
