@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import os
 import pathlib
 from collections import deque
@@ -74,8 +75,9 @@ def poisson_trace(
 
 def read_trace(path: str | os.PathLike[str], hit_rate: float = 0.0) -> Trace:
     """A trace from a file: CSV with TIMESTAMP, ContextTokens and GeneratedTokens (Azure's LLM inference traces), or
-    JSON lines with timestamp (milliseconds), input_length and output_length (Mooncake's). `hit_rate` of each prompt is
-    taken to be cached. Raises EnergyLensError naming the file and the line."""
+    JSON lines with timestamp (milliseconds), input_length and output_length (Mooncake's). Requests without a prompt or
+    an output, which traces have, are left out. `hit_rate` of each prompt is taken to be cached. Raises EnergyLensError
+    naming the file and the line."""
     file = pathlib.Path(path)
     rows: list[tuple[float, float, float]] = []
     line = 1
@@ -84,11 +86,11 @@ def read_trace(path: str | os.PathLike[str], hit_rate: float = 0.0) -> Trace:
             if file.suffix == ".jsonl":
                 for line, entry in enumerate(text, 1):  # noqa: B007
                     given = json.loads(entry)
-                    rows.append((given["timestamp"] / 1e3, given["input_length"], given["output_length"]))
+                    rows.append(_finite(given["timestamp"] / 1e3, given["input_length"], given["output_length"]))
             else:
                 for line, row in enumerate(csv.DictReader(text), 2):  # noqa: B007
                     at = datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-                    rows.append((at, float(row["ContextTokens"]), float(row["GeneratedTokens"])))
+                    rows.append(_finite(at, float(row["ContextTokens"]), float(row["GeneratedTokens"])))
     except OSError as error:
         raise EnergyLensError(f"trace: {file}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -96,12 +98,17 @@ def read_trace(path: str | os.PathLike[str], hit_rate: float = 0.0) -> Trace:
             f"trace: {file} line {line}: {error!r}; accepted: CSV with TIMESTAMP, ContextTokens, GeneratedTokens, or "
             "JSON lines (.jsonl) with timestamp, input_length, output_length"
         ) from None
-    if not rows:
-        raise EnergyLensError(f"trace: {file} has no requests")
-    arrival, prompt, output = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
-    order = np.argsort(arrival, kind="stable")
-    kept = order[(prompt[order] >= 1) & (output[order] >= 1)]
-    return Trace(arrival[kept] - arrival[kept[0]], prompt[kept], output[kept], np.floor(prompt[kept] * hit_rate))
+    kept = sorted((row for row in rows if min(row[1:]) >= 1), key=lambda row: row[0])
+    if not kept:
+        raise EnergyLensError(f"trace: {file} has no requests with a prompt and an output")
+    arrival, prompt, output = (np.array(column, dtype=np.float64) for column in zip(*kept, strict=True))
+    return Trace(arrival - arrival[0], prompt, output, np.floor(prompt * hit_rate))
+
+
+def _finite(at_s: float, prompt: float, output: float) -> tuple[float, float, float]:
+    if not all(math.isfinite(value) for value in (at_s, prompt, output)):
+        raise ValueError("a number is not finite")
+    return at_s, prompt, output
 
 
 def simulate(model: EnergyModel, trace: Trace) -> OpenServing:

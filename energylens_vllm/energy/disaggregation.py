@@ -9,7 +9,7 @@ send between two nodes (or inside one), docs/collectives.md. It costs no steps: 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,11 +38,13 @@ class DisaggregatedServing:
 
 
 def cache_bytes(model: EnergyModel, tokens: float) -> float:
-    """Bytes of the KV cache that one GPU holds of a request of `tokens`; layers with a window keep no more than it."""
+    """Bytes of the KV cache that one GPU holds of a request of `tokens`; layers with a window or chunks keep no more
+    than that."""
     total = 0.0
     for kernel in model.kernels:
         if kernel.attention is not None and kernel.phase != "prefill":
-            kept = min(tokens, kernel.attention.mask.window or math.inf)
+            mask = kernel.attention.mask
+            kept = min(tokens, mask.window or mask.chunk or math.inf)
             total += kernel.count * kernel.kv_read_bytes.keys * kept
     return total
 
@@ -58,11 +60,22 @@ def serve_apart(
     across_nodes: bool = True,
 ) -> DisaggregatedServing:
     """`concurrency` requests decode at a time on all decode engines together. Raises EnergyLensError for numbers that
-    are not positive, and where prefill engines do not keep up."""
-    for name, value in (("concurrency", concurrency), ("prompt_tokens", prompt_tokens),
-                        ("prefill_engines", prefill_engines), ("decode_engines", decode_engines)):  # fmt: skip
-        if not (math.isfinite(value) and value > 0):
-            raise EnergyLensError(f"{name}: {value!r} is not a positive number")
+    are not positive, for fewer requests than decode engines, where decode engines cannot read the cache that prefill
+    engines write, and where those do not keep up."""
+    for name, count in (("prefill_engines", prefill_engines), ("decode_engines", decode_engines)):
+        if count < 1 or count != int(count):
+            raise EnergyLensError(f"{name}: {count!r} is not a positive whole number")
+    if not (math.isfinite(prompt_tokens) and prompt_tokens > 0):
+        raise EnergyLensError(f"prompt_tokens: {prompt_tokens!r} is not a positive number")
+    if not (math.isfinite(concurrency) and concurrency >= decode_engines):
+        raise EnergyLensError(f"concurrency: {concurrency!r}; accepted: {decode_engines} or more, one a decode engine")
+    if replace(prefill.cascade, name=decode.cascade.name) != decode.cascade:
+        raise EnergyLensError(
+            f"decode: {decode.cascade.name} cannot read the cache of {prefill.cascade.name}; accepted: the same network"
+        )
+    written, read = prefill.deployment.kv_cache_dtype, decode.deployment.kv_cache_dtype
+    if written != read:
+        raise EnergyLensError(f"decode: kv_cache_dtype {read!r}; accepted: {written!r}, as prefill engines write it")
     if not (math.isfinite(output_tokens) and output_tokens > 1):
         raise EnergyLensError(f"output_tokens: {output_tokens!r}; accepted: more than 1, the first is prefill's")
     for side, model in (("prefill", prefill), ("decode", decode)):

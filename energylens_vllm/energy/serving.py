@@ -180,7 +180,8 @@ def serve(
     """See `EnergyModel.serving`: the mean over the steps of a `mixture`."""
     prompts, outputs = samples("prompt_tokens", prompt_tokens), samples("output_tokens", output_tokens)
     for name, given in (("concurrency", concurrency), ("mean_context_tokens", mean_context_tokens)):
-        if given is not None and not (isinstance(given, int | float | np.number) and math.isfinite(given) and given > 0):
+        number = given is None or isinstance(given, int | float | np.number)
+        if not number or (given is not None and not 0 < given < math.inf):
             what = "requests" if name == "concurrency" else "tokens"
             raise EnergyLensError(f"{name}: {given!r} is not a positive number of {what}")
     hit_rate, flags = hits(model, prefix_cache_hit_rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from energylens_vllm.energy import Deployment, EnergyModel
@@ -18,6 +20,10 @@ def test_cache_of_a_request() -> None:
     gemma = EnergyModel("gemma-3-27b", Deployment(gpu="H100-SXM"))
     layer = 2 * 16 * 128 * 2
     assert cache_bytes(gemma, 8192) == pytest.approx(layer * (10 * 8192 + 52 * 1024))
+    # Llama 4: three layers of four attend within chunks of 8192.
+    scout = EnergyModel("llama-4-scout", Deployment(gpu="H200-SXM", tensor_parallel_size=4))
+    layer = 2 * 8 * 128 * 2 / 4
+    assert cache_bytes(scout, 16384) == pytest.approx(layer * (12 * 16384 + 36 * 8192))
     # MLA: one latent of 512 and 64 for positions, once.
     deepseek = EnergyModel("deepseek-v3", Deployment(gpu="H200-SXM", tensor_parallel_size=8))
     assert cache_bytes(deepseek, 1) == pytest.approx(61 * (512 + 64) * 2)
@@ -63,6 +69,16 @@ def test_refusals() -> None:
         serve_apart(MODEL, MODEL, 8, 100, 1)
     with pytest.raises(EnergyLensError, match="concurrency"):
         serve_apart(MODEL, MODEL, -1, 100, 10)
+    with pytest.raises(EnergyLensError, match="concurrency: 2; accepted: 3 or more"):
+        serve_apart(MODEL, MODEL, 2, 100, 10, decode_engines=3)
+    with pytest.raises(EnergyLensError, match=r"decode_engines: 1.5 is not a positive whole number"):
+        serve_apart(MODEL, MODEL, 8, 100, 10, decode_engines=1.5)  # type: ignore[arg-type]
+    other = EnergyModel("qwen2.5-72b", MODEL.deployment)
+    with pytest.raises(EnergyLensError, match=r"Qwen2.5-72B cannot read the cache of Llama-3.1-70B"):
+        serve_apart(MODEL, other, 8, 100, 10)
+    fp8 = EnergyModel("llama-3.1-70b", replace(MODEL.deployment, kv_cache_dtype="fp8"))
+    with pytest.raises(EnergyLensError, match="decode: kv_cache_dtype 'fp8'; accepted: 'auto'"):
+        serve_apart(MODEL, fp8, 8, 100, 10)
     piped = EnergyModel("llama-3.1-70b", Deployment(gpu="H100-SXM", tensor_parallel_size=2, pipeline_parallel_size=2))
     with pytest.raises(EnergyLensError, match="decode: pipeline_parallel_size"):
         serve_apart(MODEL, piped, 8, 100, 10)

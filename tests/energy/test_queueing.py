@@ -127,6 +127,8 @@ def test_traces_from_files(tmp_path: Path) -> None:
         ("a.jsonl", '{"timestamp": 0, "input_length": 5}\n', "a.jsonl line 1"),
         ("a.jsonl", '{"timestamp": 0, "input_length": 5, "output_length": 1}\n{"time\n', "a.jsonl line 2"),
         ("a.csv", "", "has no requests"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,0,10\n", "has no requests"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,inf,1\n", "line 2: .*not finite"),
     ],
 )
 def test_a_broken_trace_is_named(tmp_path: Path, name: str, text: str, problem: str) -> None:
