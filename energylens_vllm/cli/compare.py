@@ -15,10 +15,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from energylens_vllm.cli.deployment import add_deployment_arguments, add_model_argument, deployment
-from energylens_vllm.cli.predict import requests
+from energylens_vllm.cli.deployment import add_deployment_arguments, add_model_argument, deployment, is_cascade
+from energylens_vllm.cli.predict import add_batch_arguments, requests
 from energylens_vllm.cli.table import percent, quantity, table
-from energylens_vllm.einsum import Cascade, Kernel
+from energylens_vllm.einsum import Kernel
 from energylens_vllm.einsum.fusion import Difference, compare, fuse, unfuse
 from energylens_vllm.einsum.kernel import Terms
 from energylens_vllm.energy import EnergyModel, StepPrediction
@@ -36,10 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the first with neighbouring kernels A, B, .. of a block drawn together into one; may be given again",
     )  # fmt: skip
     other.add_argument("--unfuse", action="store_true", help="the first with every einsum a kernel of its own")
-    batch = parser.add_argument_group("batch")
-    batch.add_argument("--decode", type=int, default=0, metavar="N", help="requests that decode one token each")
-    batch.add_argument("--context", type=int, default=1000, metavar="TOKENS", help="tokens of each (default: 1000)")
-    batch.add_argument("--prefill", type=int, nargs="+", default=[], metavar="TOKENS", help="new prompts")
+    add_batch_arguments(parser)
     add_deployment_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -47,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     given = deployment(args)
     first = EnergyModel(args.model, given)
-    second = EnergyModel(_other(args, first.cascade), given)
-    if first.quantization != second.quantization:
-        # `first` may come from a checkpoint that is stored in a quantization, of which a cascade says nothing.
-        second = EnergyModel(second.cascade, replace(given, quantization=first.quantization))
-    args.requests = None
+    second = _other(args, first)
     batch = requests(args)
     found = differences(first, second, batch)
     before, after = first.step(batch), second.step(batch)
@@ -105,13 +98,27 @@ def as_text(found: list[KernelDifference], before: StepPrediction, after: StepPr
     return "\n\n".join([*lines, *(["flags: " + ", ".join(flags)] if flags else [])])
 
 
-def _other(args: argparse.Namespace, first: Cascade) -> Cascade:
+def _other(args: argparse.Namespace, first: EnergyModel) -> EnergyModel:
     ways = [args.other is not None, bool(args.fuse), args.unfuse]
     if sum(ways) != 1:
         raise EnergyLensError("compare: give one of OTHER, --fuse and --unfuse")
-    if args.other is not None:
-        return EnergyModel(args.other, deployment(args)).cascade
-    return unfuse(first) if args.unfuse else fuse(first, dict(parse_fusion(text) for text in args.fuse))
+    given = deployment(args)
+    # `first` may come from a checkpoint that is stored in a quantization, of which a cascade says nothing.
+    same = replace(given, quantization=first.quantization)
+    if args.other is None:
+        cascade = first.cascade
+        groups = dict(parse_fusion(text) for text in args.fuse)
+        return EnergyModel(unfuse(cascade) if args.unfuse else fuse(cascade, groups), same)
+    second = EnergyModel(args.other, given)
+    if is_cascade(args.other):
+        return EnergyModel(second.cascade, same)
+    if second.quantization != first.quantization:
+        formats = [model.quantization or given.dtype for model in (first, second)]
+        raise EnergyLensError(
+            f"compare: {args.model} is stored in {formats[0]}, {args.other} in {formats[1]}; accepted: cascades in one "
+            "format, or --quantization for both"
+        )
+    return second
 
 
 def parse_fusion(text: str) -> tuple[str, list[str]]:

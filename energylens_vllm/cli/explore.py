@@ -22,7 +22,7 @@ from pathlib import Path
 
 from energylens_vllm.architectures import hub_ids, known_models, load_config
 from energylens_vllm.architectures import quantization as quantization_of
-from energylens_vllm.cli.deployment import add_model_argument
+from energylens_vllm.cli.deployment import add_model_argument, is_cascade
 from energylens_vllm.cli.table import quantity, table
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.explore.explain import Choice, as_json, choices, dumps, measured_releases, row
@@ -212,7 +212,7 @@ def _measure(flag: str, text: str | None, units: dict[str, float], accepted: str
 
 def _served(model: str) -> tuple[str, bool]:
     """What `vllm serve` calls the model, and whether its checkpoint is quantized."""
-    if model.endswith((".yaml", ".yml")):  # a cascade: vLLM serves what it describes, under a name of its own
+    if is_cascade(model):  # vLLM serves what it describes, under a name of its own
         return Path(model).stem, False
     quantized = quantization_of(load_config(model)) is not None
     if model in known_models():

@@ -37,6 +37,25 @@ _LOAD = ("concurrency", "rate", "trace", "prompt_tokens", "output_tokens", "pref
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
+    add_batch_arguments(parser)
+    load = parser.add_argument_group("load", "instead of a batch")
+    load.add_argument("--concurrency", type=float, metavar="N", help="requests in the server at all times")
+    load.add_argument("--rate", type=float, metavar="N", help="instead: requests a second that arrive at random")
+    load.add_argument(
+        "--trace", metavar="FILE", help="instead: requests as they come, Azure's CSV or Mooncake's JSON lines"
+    )
+    load.add_argument("--prompt-tokens", type=float, metavar="TOKENS", help="mean length of their prompts")
+    load.add_argument("--output-tokens", type=float, metavar="TOKENS", help="mean length of their outputs")
+    load.add_argument(
+        "--prefix-cache-hit-rate", type=float, metavar="SHARE", help="share of prompt tokens found in the prefix cache"
+        " (default: that of chats, of a trace 0)",
+    )  # fmt: skip
+    add_deployment_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `requests` reads."""
     batch = parser.add_argument_group("batch")
     batch.add_argument("--decode", type=int, default=0, metavar="N", help="requests that decode one token each")
     batch.add_argument(
@@ -48,20 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch.add_argument(
         "--requests", metavar="JSON", help="instead: a list of [new tokens, computed tokens], one of each request"
     )
-    load = parser.add_argument_group("load", "instead of a batch")
-    load.add_argument("--concurrency", type=float, metavar="N", help="requests in the server at all times")
-    load.add_argument("--rate", type=float, metavar="N", help="instead: requests a second that arrive at random")
-    load.add_argument(
-        "--trace", metavar="FILE", help="instead: requests as they come, Azure's CSV or Mooncake's JSON lines"
-    )
-    load.add_argument("--prompt-tokens", type=float, metavar="TOKENS", help="mean length of their prompts")
-    load.add_argument("--output-tokens", type=float, metavar="TOKENS", help="mean length of their outputs")
-    load.add_argument(
-        "--prefix-cache-hit-rate", type=float, metavar="SHARE", help="share of prompt tokens found in the prefix cache"
-        " (default: that of chats)",
-    )  # fmt: skip
-    add_deployment_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -74,6 +74,29 @@ def test_a_quantized_checkpoint_stays_quantized(capsys: pytest.CaptureFixture[st
     assert kernels[0]["bytes_before"] == pytest.approx(weights, rel=0.01), "one byte an element"
 
 
+def test_a_cascade_is_taken_in_the_format_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "fused.yaml"
+    file.write_text(dump_cascade(fuse(EnergyModel("qwen3-8b-fp8").cascade, {"layer.mlp": ["gate_up", "act", "down"]})))
+    printed = []
+    for other in ([str(file)], MLP):
+        assert main(["compare", "qwen3-8b-fp8", *other, "--decode", "8", "--json"]) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+
+
+def test_checkpoints_in_two_formats_are_not_called_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "qwen3-8b-fp8", "qwen3-8b", "--decode", "8"]) == 2
+    said = capsys.readouterr().err
+    assert "qwen3-8b-fp8 is stored in fp8_per_block, qwen3-8b in bfloat16" in said
+    assert main(["compare", "qwen3-8b-fp8", "qwen3-8b", "--decode", "8", "-q", "fp8"]) == 0
+    assert capsys.readouterr().out == "no kernel differs\n"
+
+
+def test_requests_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    by_flags = compared(capsys, *MLP, "--decode", "2", "--context", "100", "--prefill", "512")
+    assert compared(capsys, *MLP, "--requests", "[[1, 100], [1, 100], [512, 0]]") == by_flags
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
