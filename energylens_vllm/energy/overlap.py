@@ -178,12 +178,11 @@ class StagedStep(GpuStep):
     def _add_kernels(self, work: Work, kernels: Sequence[Kernel], rows: Array) -> None:
         for item in pairs(kernels):
             if isinstance(item, Pair):
-                work.add(self.counts[item.collective], self._pair(item, rows))
+                self._add_pair(work, item, rows)
             else:
-                super()._add_kernels(work, [item], rows)
+                self._add_kernel(work, item, rows)
 
-    def _pair(self, pair: Pair, rows: Array) -> Work:
-        """One launch of each of its kernels, in stages."""
+    def _add_pair(self, work: Work, pair: Pair, rows: Array) -> None:
         stages = self.overlap.stages
         part = Work(rows)
         for kernel in pair.compute:
@@ -196,15 +195,14 @@ class StagedStep(GpuStep):
         time_s = exposed * (part.time_s + sent.time_s) + (stages - exposed) * longer
         # What follows the clock: exposed parts, and the others while computation is the longer of the two.
         clocked_s = part.clocked_s * np.where(part.time_s >= sent.time_s, stages, exposed)
-        launch = Work(rows)
-        launch.run(Timed(time_s, clocked_s))
-        launch.communication_s = time_s - stages * part.time_s
-        launch.waiting_s, launch.padding_j = stages * part.waiting_s, stages * part.padding_j
-        for into, joules in ((launch.memory_j, part.memory_j), (launch.core_j, part.core_j)):
+        work.run(Timed(time_s, clocked_s))
+        work.communication_s = work.communication_s + (time_s - stages * part.time_s)
+        work.waiting_s = work.waiting_s + stages * part.waiting_s
+        work.padding_j = work.padding_j + stages * part.padding_j
+        for into, joules in ((work.memory_j, part.memory_j), (work.core_j, part.core_j)):
             for name, value in joules.items():
-                launch.spend(into, name, stages * value)
-        launch.spend(launch.memory_j, "communication", stages * sent.energy_j)
-        return launch
+                work.spend(into, name, stages * value)
+        work.spend(work.memory_j, "communication", stages * sent.energy_j)
 
 
 class DualBatchStep(GpuStep):

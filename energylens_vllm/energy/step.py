@@ -8,7 +8,7 @@ only not as often, so one launch is evaluated for all stages. Then `power.operat
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
@@ -31,6 +31,13 @@ COMPONENTS = (
 #: Seconds in which the host launches one of the kernels beside attention over split contexts: inside vLLM's attention
 #: operation, not through a compiled graph's wrapper. A collective's: docs/collectives.md.
 BESIDE_LAUNCH_S = 20e-6
+
+
+class Alike(NamedTuple):
+    """Kernels that each stage launches equally often."""
+
+    counts: Array  #: launches of each in a step, of shape (S, 1)
+    kernels: list[Kernel]
 
 
 class Exchanged(NamedTuple):
@@ -83,7 +90,7 @@ class Work:
 
     def take(self, other: Work, index: Integers) -> None:
         """Add `other`, whose entry index[i] belongs to step i."""
-        self._add(other, lambda values: values[..., index])
+        self._add(other, lambda values: np.take(values, index, axis=-1))
 
     def _add(self, other: Work, made: Callable[[Array], Array]) -> None:
         for name in ("time_s", "clocked_s", "communication_s", "waiting_s", "padding_j"):
@@ -129,34 +136,34 @@ class GpuStep:
         launches: dict[Kernel, list[int]] = {}
         for index, kernels in enumerate(stages):
             for kernel in kernels:
-                counts = launches.setdefault(replace(kernel, stage=0, count=1), [0] * self.stages)
-                counts[index] += kernel.count
-        #: how often each stage launches a kernel, of shape (S, 1); the kernel's own count is the largest of them
-        self.counts = {
-            replace(kernel, count=max(counts)): np.array(counts, dtype=np.float64)[:, None]
-            for kernel, counts in launches.items()
+                launches.setdefault(replace(kernel, stage=0, count=1), [0] * self.stages)[index] += kernel.count
+        # How often each stage launches a kernel, of shape (S, 1); the kernel's own count is the largest of them.
+        counts = {
+            replace(kernel, count=max(each)): np.array(each, dtype=np.float64)[:, None]
+            for kernel, each in launches.items()
         }
-        kernels = list(self.counts)
-        self.attention = [k for k in kernels if k.attention is not None]
-        rest = [k for k in kernels if k.attention is None]
-        self.by_keys = [k for k in rest if k.gemm is not None and k.gemm.rows == "keys"]
-        self.by_rows = [k for k in rest if _is_sampled(k)]
-        elsewhere = {*self.by_keys, *self.by_rows}
+        attention = [k for k in counts if k.attention is not None]
+        rest = [k for k in counts if k.attention is None]
+        by_keys = [k for k in rest if k.gemm is not None and k.gemm.rows == "keys"]
+        by_rows = [k for k in rest if _is_sampled(k)]
+        elsewhere = {*by_keys, *by_rows}
         of_phase = {phase: [k for k in rest if k.phase == phase and k not in elsewhere] for phase in get_args(Phase)}
-        self.by_tokens = {phase: [k for k in of if not k.split_context] for phase, of in of_phase.items()}
-        self.beside_attention = {phase: [k for k in of if k.split_context] for phase, of in of_phase.items()}
+        beside = {phase: [k for k in of if k.split_context] for phase, of in of_phase.items()}
+        self.attention, self.by_keys, self.by_rows = (_alike(each, counts) for each in (attention, by_keys, by_rows))
+        self.by_tokens = {
+            phase: _alike([k for k in of if not k.split_context], counts) for phase, of in of_phase.items()
+        }
+        self.beside_attention = {phase: _alike(of, counts) for phase, of in beside.items()}
         #: seconds in which the host launches what CUDA graphs would replay: attention, which only full graphs (pure
         #: decodes) hold, and everything else
         none = np.zeros((self.stages, 1))
-        self.attention_launch_s = profile["host.attention_s"] * sum((self.counts[k] for k in self.attention), none)
+        self.attention_launch_s = profile["host.attention_s"] * sum((counts[k] for k in attention), none)
         self.beside_launch_s = {
-            phase: BESIDE_LAUNCH_S * sum((self.counts[k] for k in beside), none)
-            for phase, beside in self.beside_attention.items()
-            if beside
+            phase: BESIDE_LAUNCH_S * sum((counts[k] for k in of), none) for phase, of in beside.items() if of
         }
         self.other_launch_s = sum(
             (
-                self.counts[k] * profile["host.experts_s" if k.family == "experts" else "host.launch_s"]
+                counts[k] * profile["host.experts_s" if k.family == "experts" else "host.launch_s"]
                 for k in rest
                 if not k.split_context
             ),
@@ -164,7 +171,7 @@ class GpuStep:
         )
         #: whether each GPU's worker is a process of its own, as the executors for several GPUs have it
         self.worker_processes = any(
-            k.collective is not None and k.collective.axis in ("tp", "pcp", "pp") for k in kernels
+            k.collective is not None and k.collective.axis in ("tp", "pcp", "pp") for k in counts
         )
         #: host work between steps, for each step and for each of its requests
         hidden = profile.async_scheduling if async_scheduling is None else async_scheduling
@@ -291,14 +298,16 @@ class GpuStep:
 
     # -- groups of kernels ----------------------------------------------------------------------------------------
 
-    def _add_rows(self, work: Work, kernels: Iterable[Kernel], rows: Array) -> None:
+    def _add_rows(self, work: Work, kernels: Sequence[Alike], rows: Array) -> None:
         """Add kernels that depend on a number of rows alone, evaluated once for each different number of rows."""
-        kernels = list(kernels)
         if not kernels or not rows.size:
             return
         different, index = _different(rows)
         group = Work(different)
-        self._add_kernels(group, kernels, different)
+        for counts, alike in kernels:
+            launch = Work(different)
+            self._add_kernels(launch, alike, different)
+            group.add(counts, launch)
         if different[0] == 0:  # nothing is launched for no rows
             group.time_s[..., 0] = group.clocked_s[..., 0] = group.communication_s[..., 0] = 0.0
             group.waiting_s[..., 0] = group.padding_j[..., 0] = 0.0
@@ -307,14 +316,11 @@ class GpuStep:
         work.take(group, index)
 
     def _add_kernels(self, work: Work, kernels: Sequence[Kernel], rows: Array) -> None:
-        """Add kernels in the order in which they run."""
+        """Add one launch of each, in the order in which they run."""
         for kernel in kernels:
-            launch = Work(rows)
-            self._add_kernel(launch, kernel, rows)
-            work.add(self.counts[kernel], launch)
+            self._add_kernel(work, kernel, rows)
 
     def _add_kernel(self, work: Work, kernel: Kernel, rows: Array) -> None:
-        """Add one launch."""
         if kernel.family == "linear":
             flops, activation_bytes = per_token(kernel.flops, rows), per_token(kernel.activation_bytes, rows)
             self._add_linear(work, kernel, rows, flops, activation_bytes)
@@ -328,19 +334,22 @@ class GpuStep:
     def _add_attention(self, work: Work, steps: Steps, prefill_tokens: Array) -> Array:
         """Add attention; returns the joules of it that prefill takes."""
         prefill_j = np.zeros_like(steps.tokens)
-        for kernel in self.attention:
-            assert kernel.attention is not None
-            load, launch = steps.attention[self.masks.index(kernel.attention.mask)], Work(steps.tokens)
-            if kernel.phase != "decode":
-                joules = self._add_prefill_attention(launch, kernel, load, steps)
-                prefill_j = prefill_j + self.counts[kernel] * joules
-            if kernel.phase != "prefill":
-                self._add_decode_attention(launch, kernel, steps, load)
-            work.add(self.counts[kernel], launch)
-        for kernel in self.by_keys:  # up-projection of all cached latents (MLA), for prefill
+        for counts, alike in self.attention:
+            launch, own_j = Work(steps.tokens), np.zeros_like(steps.tokens)
+            for kernel in alike:
+                assert kernel.attention is not None
+                load = steps.attention[self.masks.index(kernel.attention.mask)]
+                if kernel.phase != "decode":
+                    own_j = own_j + self._add_prefill_attention(launch, kernel, load, steps)
+                if kernel.phase != "prefill":
+                    self._add_decode_attention(launch, kernel, steps, load)
+            work.add(counts, launch)
+            prefill_j = prefill_j + counts * own_j
+        for counts, alike in self.by_keys:  # up-projection of all cached latents (MLA), for prefill
             keys, launch = steps.attention[0].prefill_keys, Work(steps.tokens)
-            self._add_linear(launch, kernel, keys, kernel.flops.keys * keys, kernel.activation_bytes.keys * keys)
-            work.add(self.counts[kernel], launch)
+            for kernel in alike:
+                self._add_linear(launch, kernel, keys, kernel.flops.keys * keys, kernel.activation_bytes.keys * keys)
+            work.add(counts, launch)
         return prefill_j
 
     # -- one launch each ------------------------------------------------------------------------------------------
@@ -464,6 +473,14 @@ def _different(rows: Array) -> tuple[Array, Integers]:
     present = np.zeros(int(whole.max()) + 1, dtype=bool)
     present[whole] = True
     return np.flatnonzero(present).astype(np.float64), (np.cumsum(present) - 1)[whole]
+
+
+def _alike(kernels: Iterable[Kernel], counts: Mapping[Kernel, Array]) -> list[Alike]:
+    """The kernels by how often each stage launches them, in order."""
+    groups: dict[bytes, Alike] = {}
+    for kernel in kernels:
+        groups.setdefault(counts[kernel].tobytes(), Alike(counts[kernel], [])).kernels.append(kernel)
+    return list(groups.values())
 
 
 def _is_sampled(kernel: Kernel) -> bool:
