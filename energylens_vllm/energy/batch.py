@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,19 +40,23 @@ class Steps:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __getitem__(self, which: slice | Integers) -> Steps:
+        """Some of the steps."""
+        return self._each(lambda values: values[which])
+
     def share(self, parts: int) -> Steps:
         """An even share of each step: what one of `parts` data-parallel ranks has of it."""
+        return self._each(lambda values: values / parts)
+
+    def _each(self, made: Callable[[Array], Array]) -> Steps:
         return Steps(
-            self.tokens / parts,
-            self.decode_tokens / parts,
-            self.sequences / parts,
-            self.decode_sequences / parts,
+            made(self.tokens),
+            made(self.decode_tokens),
+            made(self.sequences),
+            made(self.decode_sequences),
             tuple(
                 Attention(
-                    load.decode_pairs / parts,
-                    load.prefill_pairs / parts,
-                    load.decode_keys / parts,
-                    load.prefill_keys / parts,
+                    made(load.decode_pairs), made(load.prefill_pairs), made(load.decode_keys), made(load.prefill_keys)
                 )
                 for load in self.attention
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,8 @@ from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
 PHASES = ("prefill", "decode")
+#: Steps that are evaluated at a time: their arrays stay in a core's cache, and take the memory of those before.
+BLOCK_STEPS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,14 @@ class EnergyModel:
     def predict(self, steps: Steps) -> Predictions:
         """N steps of one data-parallel rank. With pipeline parallelism the pipeline is taken to be full: a step ends
         each time the slowest stage does. Ranks that share experts are taken to have like batches."""
-        return self._together(steps, self._gpu.evaluate(steps))
+        if len(steps) <= BLOCK_STEPS:
+            return self._together(steps, self._gpu.evaluate(steps))
+        whole = _each(self.predict(steps[:1]), lambda _: np.empty(len(steps)))
+        for start in range(0, len(steps), BLOCK_STEPS):
+            block = slice(start, start + BLOCK_STEPS)
+            for into, values in zip(_arrays(whole), _arrays(self.predict(steps[block])), strict=True):
+                into[block] = values
+        return whole
 
     def step(self, requests: Sequence[tuple[int, int]], decode: Sequence[bool] | None = None) -> StepPrediction:
         """One engine step over the whole deployment, of requests (num_new_tokens, num_computed_tokens).
@@ -350,6 +359,27 @@ class EnergyModel:
             return Exchanged(timed.time_s, self._collectives.energy_j(timed).energy_j)
         time_s, energy_j = self._collectives.kernel(kernel, message_bytes)
         return Exchanged(time_s, energy_j)
+
+
+def _each(predictions: Predictions, made: Callable[[Array], Array]) -> Predictions:
+    """The same with other arrays, each made of its own."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: made(values) for name, values in value.items()}
+        return made(value) if isinstance(value, np.ndarray) else value
+
+    return Predictions(*(change(getattr(predictions, name)) for name in Predictions.__slots__))
+
+
+def _arrays(predictions: Predictions) -> Iterator[Array]:
+    """Those that `_each` changes, in its order."""
+    for name in Predictions.__slots__:
+        value = getattr(predictions, name)
+        if isinstance(value, Mapping):
+            yield from value.values()
+        elif isinstance(value, np.ndarray):
+            yield value
 
 
 @cache

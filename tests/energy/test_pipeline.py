@@ -7,6 +7,7 @@ import pytest
 
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Array, Steps, steps_from_arrays, steps_from_requests
+from energylens_vllm.energy.model import BLOCK_STEPS
 from energylens_vllm.energy.overlap import DualBatch, Overlap
 from energylens_vllm.energy.pipeline import longest
 from energylens_vllm.energy.precision import format_of, widths
@@ -136,6 +137,22 @@ def test_stages_together_are_as_each_alone(
         (found.waiting_s, np.max, [stage.waiting_s for stage in stages]),
     ):
         assert value == pytest.approx(worst(of_stage, axis=0)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("pipeline", [1, 4])
+def test_many_steps_are_as_few(pipeline: int) -> None:
+    """They are evaluated in blocks."""
+    deployment = Deployment(gpu="H100-SXM", tensor_parallel_size=2, pipeline_parallel_size=pipeline)
+    model = EnergyModel("llama-3.1-70b", deployment)
+    few, again = random_steps(model, 99), np.arange(BLOCK_STEPS + 50) % 99
+    expected, found = model.predict(few), model.predict(few[again])
+    for name in ("time_s", "gpu_s", "host_s", "energy_j", "low_s", "high_s", "low_j", "high_j", "clock", "waste_j"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name)[again], rel=1e-12), name
+    for parts, few_parts in ((found.components, expected.components), (found.phases, expected.phases)):
+        assert parts.keys() == few_parts.keys()
+        for name, joules in parts.items():
+            assert joules == pytest.approx(few_parts[name][again], rel=1e-12, abs=1e-12), name
+    assert found.flags == expected.flags
 
 
 def test_workers_of_every_stage_are_processes_of_their_own() -> None:
