@@ -131,6 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise EnergyLensError(f"--top: {args.top}; accepted: 1 or more")
+    if args.gpus is not None and args.gpus < 1:  # of `Space` it is `max_gpus`, which nobody wrote
+        raise EnergyLensError(f"--gpus: {args.gpus}; accepted: 1 or more")
     started = time.perf_counter()
     found = explore(args.model, _load(args), _space(args), _progress(started))
     seconds = time.perf_counter() - started

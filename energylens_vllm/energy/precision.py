@@ -50,6 +50,9 @@ QUANTIZATIONS: dict[str, str] = {
     "mxfp4": "mxfp4",
     "gpt_oss_mxfp4": "mxfp4",
 }
+#: Of these, what vLLM makes of an unquantized checkpoint; the others it reads from checkpoints that are stored so.
+#: Source: vllm/config/quantization.py, `_ONLINE_SHORTHANDS`, and layers/quantization/fp8.py, `Fp8Config` (0.32).
+ONLINE_QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_block")
 #: vLLM's KV-cache dtypes -> bytes per element (None: the model's dtype).
 KV_CACHE_DTYPES: dict[str, float | None] = {
     "auto": None, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "fp8_inc": 1.0,

@@ -14,7 +14,7 @@ from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Integers
 from energylens_vllm.explore.deployments import Deployments, evaluate
 from energylens_vllm.explore.engine import Engine, limits
-from energylens_vllm.explore.nothing import nothing_fits, nothing_keeps_up
+from energylens_vllm.explore.nothing import check_asked, nothing_fits, nothing_keeps_up
 from energylens_vllm.explore.pareto import pareto_front
 from energylens_vllm.explore.space import MOST_WAITING, Load, Space, engines
 
@@ -61,13 +61,14 @@ def explore(
 ) -> Exploration:
     """Every deployment of `model` in `space`, and which of them carry `load`.
 
-    Raises EnergyLensError for a model or GPU that is not known, a degree that does not divide, a model that does not
-    fit, a number of GPUs that no deployment has, and latencies or a rate that none reaches: each says how far off the
-    nearest is.
+    Raises EnergyLensError for a model or GPU that is not known, a degree that does not divide, a quantization that vLLM
+    does not make, something asked for that no deployment has, a model that does not fit, a number of GPUs that no
+    deployment has, and latencies or a rate that none reaches: each says how far off the nearest is.
     """
     space = space or Space()
     base = EnergyModel(model, Deployment(gpu=space.gpus[0]))
     found = list(engines(base.cascade, base.quantization, space))
+    check_asked(base, found, space)
     kept: list[Engine] = []
     tables: list[Deployments] = []
     for done, deployment in enumerate(found):

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from energylens_vllm.cli import main
+from energylens_vllm.energy.precision import ONLINE_QUANTIZATIONS
 from energylens_vllm.explore import Load, Space, explore
 
 BASE = ["explore", "--model", "llama-3.1-70b", "--gpu", "H100-SXM", "--prompt", "1000", "--output", "300"]
 MOE = ["explore", "--model", "qwen3-30b-a3b-fp8", "--gpu", "H100-SXM", "--max-gpus", "4", "--prompt", "500",
        "--output", "200", "-dp", "1", "2", "-ep"]  # fmt: skip
 
+ONLINE = [*BASE, "-q", *ONLINE_QUANTIZATIONS, "--top", "50"]
 EVERY = [*MOE, "--enable-eplb", "--num-redundant-experts", "0", "8", "--expert-routing", "zipf:0.8", "--enable-dbo",
          "--all2all-backend", "allgather_reducescatter", "deepep_high_throughput", "--top", "50"]  # fmt: skip
 
@@ -64,9 +66,11 @@ def test_files_hold_every_deployment(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("arguments", [[*BASE, "--top", "5"], MOE, EVERY], ids=["dense", "experts", "every way"])
+@pytest.mark.parametrize("arguments", [[*BASE, "--top", "5"], ONLINE, MOE, EVERY],
+                         ids=["dense", "online quantization", "experts", "every way"])  # fmt: skip
 def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     assert main([*arguments, "--json"]) == 0
@@ -81,7 +85,8 @@ def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFix
             assert getattr(args, name) == row[name]
         assert args.eplb_config.num_redundant_experts == row["num_redundant_experts"]
         # A checkpoint that is stored in its quantization says so itself.
-        assert args.quantization == (None if "fp8_per_block" in str(row["quantization"]) else row["quantization"])
+        assert args.quantization in (None, *QUANTIZATION_METHODS)
+        assert args.quantization == (None if "-fp8" in arguments[2] else row["quantization"])
         assert args.gpu_memory_utilization == 0.9
         assert args.max_cudagraph_capture_size == 512
 
@@ -92,7 +97,8 @@ def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFix
         (["-tp", "3"], "rank h (64) is not divisible by tp = 3"),
         (["--max-gpus", "1", "-q", "none"], "does not fit 1 x H100-SXM: a GPU would hold 141.1 GB of weights"),
         (["--gpus", "7", "-pp", "1", "-q", "none"], "gpus: no deployment of Llama-3.1-70B uses exactly 7 GPUs"),
-        (["--gpus", "0"], "max_gpus: 0"),
+        (["--gpus", "0"], "--gpus: 0; accepted: 1 or more"),
+        (["--max-gpus", "0"], "max_gpus: 0"),
         (["--rate", "-5"], "--rate: '-5'; accepted: a rate such as 20/s"),
         (["--rate", "-3/s"], "--rate: '-3/s'; accepted: a rate such as 20/s"),
         (["--rate", "20/day"], "--rate: '20/day'"),

@@ -297,12 +297,17 @@ def test_progress_is_told() -> None:
         ({"tensor_parallel_size": (3,)}, "rank h (64) is not divisible by tp = 3"),
         ({"pipeline_parallel_size": (81,), "max_gpus": 81}, "81 stages for the 80 layers"),
         ({"pipeline_parallel_size": (6,), "max_gpus": 1}, "no degrees of parallelism that were asked for"),
+        ({"tensor_parallel_size": (8, 4), "pipeline_parallel_size": (4,)}, "they take 16 GPUs at least"),
         ({"gpus": ("H101-SXM",)}, "did you mean 'H100-SXM'"),
         ({"gpus": ()}, "gpus: none given"),
         ({"quantization": ("fp9",)}, "quantization: unknown value 'fp9'"),
+        ({"quantization": ("fp8", "awq")}, "vLLM does not make 'awq' of Llama-3.1-70B, which is stored in bfloat16"),
         ({"gpu_memory_utilization": 1.2}, "gpu_memory_utilization: 1.2"),
         ({"num_redundant_experts": (-1,)}, "num_redundant_experts: -1"),
         ({"num_redundant_experts": (8,)}, "num_redundant_experts: 8 needs enable_eplb"),
+        ({"enable_eplb": True}, "enable_eplb: no deployment of Llama-3.1-70B on up to 8 x H100-SXM takes 0 redundant"),
+        ({"enable_dbo": True}, "enable_dbo: no deployment of Llama-3.1-70B on up to 8 x H100-SXM uses dual-batch"),
+        ({"all2all_backend": ("deepep_low_latency",)}, "all2all_backend: no deployment of Llama-3.1-70B on up to 8 x"),
         ({"all2all_backend": ("deepep_lowlatency",)}, "did you mean 'deepep_low_latency'"),
         ({"vllm_release": "newest"}, "vllm_release: 'newest' is not a release"),
         ({"max_gpus": 1, "quantization": (None,)}, "does not fit 1 x H100-SXM: a GPU would hold 141.1 GB"),
@@ -314,6 +319,32 @@ def test_spaces_that_hold_nothing(given: dict[str, object], message: str) -> Non
     with pytest.raises(EnergyLensError) as error:
         explore("llama-3.1-70b", LOAD, Space(**{"gpus": ("H100-SXM",), **given}))  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gpus": ("A100-SXM-80GB",), "all2all_backend": ("deepep_low_latency",)}, "GPUs on which DeepEP was measured"),
+        ({"enable_eplb": True, "num_redundant_experts": (3, 5)}, "takes 3 or 5 redundant experts"),
+        ({"data_parallel_size": (1,), "enable_dbo": True}, "enable_dbo: no deployment of Qwen3-30B-A3B"),
+        ({"quantization": ("fp8",)}, "stored in fp8_per_block; accepted: none, fp8_per_block, or a checkpoint"),
+    ],
+)
+def test_what_no_deployment_has_is_not_left_out_in_silence(given: dict[str, object], message: str) -> None:
+    with pytest.raises(EnergyLensError) as error:
+        explore("qwen3-30b-a3b-fp8", LOAD, Space(**{"gpus": ("H200-SXM",), "max_gpus": 4, **given}))  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+def test_a_rate_at_which_who_is_fast_lets_requests_wait() -> None:
+    space = Space(gpus=("H100-SXM",), max_gpus=1, max_num_seqs=(8, 256), quantization=(None,))
+    slow = explore("llama-3.1-8b", Load(1000, 300, ttft_s=60.0, rate_per_s=3.0), space).deployments
+    waits = slow.waiting_share > 0.05
+    assert waits.any()
+    assert not waits.all()
+    between_s = (slow.tpot_s[waits].min() + slow.tpot_s[~waits].min()) / 2
+    with pytest.raises(EnergyLensError, match=r"rate and tpot: deployments of Llama-3.1-8B that keep the tpot"):
+        explore("llama-3.1-8b", Load(1000, 300, tpot_s=between_s, rate_per_s=3.0), space)
 
 
 @pytest.mark.parametrize(
