@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -10,10 +11,13 @@ from importlib.resources import files
 import numpy as np
 
 from energylens_vllm import __version__
+from energylens_vllm.energy.batch import Array
 from energylens_vllm.explore.explain import Choice
 from energylens_vllm.explore.search import Exploration
 from energylens_vllm.explore.sensitivity import Point, Swing, over_coefficients, over_loads
 
+#: Pixels of the first chart, and of a line of the numbers in it.
+PARETO_HEIGHT, NUMBER_HEIGHT = 440, 17
 #: Order in which libraries are loaded.
 LIBRARIES = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")
 #: Most points of the first chart; those of the front are always among them.
@@ -152,7 +156,11 @@ def _pareto(found: Exploration, best: Sequence[Choice]) -> dict[str, object]:
             _short(table.tokens_per_s[i] / table.gpus[i]), _short(table.tpot_s[i] * 1e3), _short(table.ttft_s[i] * 1e3),
             bool(found.front[i]), "yes" if found.feasible[i] else "no",
         ])  # fmt: skip
-    marks = [[position + 1, _short(c.tpot_s * 1e3), _short(c.token_j)] for position, c in enumerate(best)]
+    marks = [
+        [position + 1, _short(c.tpot_s * 1e3), _short(c.token_j), _short(height)]
+        for position, (c, height) in enumerate(zip(best, _heights(best, table.token_j[shown], table.tpot_s[shown]),
+                                                   strict=True))
+    ]  # fmt: skip
     line = _lower_left(found)
     x = _field("tpot", "quantitative", "time per output token (ms)", scale=_LOG | {"padding": 12})
     y = _field("joules", "quantitative", "energy per output token (J)",
@@ -216,19 +224,35 @@ def _pareto(found: Exploration, best: Sequence[Choice]) -> dict[str, object]:
         },
         {
             "data": {"name": "best"},
-            "mark": {"type": "text", "dy": 17, "fontSize": 13, "fontWeight": 600, "color": "#1c2430"},
-            "encoding": {"x": x, "y": y, "text": {"field": "number"}},
+            "mark": {"type": "text", "align": "left", "dx": 12, "fontSize": 13, "fontWeight": 600, "color": "#1c2430"},
+            "encoding": {"x": x, "y": y | {"field": "height"}, "text": {"field": "number"}},
         },
     ]
     return _spec(
         {
             "deployments": (names, rows),
             "front": (("tpot", "joules"), line),
-            "best": (("number", "tpot", "joules"), marks),
+            "best": (("number", "tpot", "joules", "height"), marks),
             "bounds": (("tpot", "what"), bound),
         },
-        width="container", height=440, autosize={"type": "fit", "contains": "padding"}, layer=layers,
+        width="container", height=PARETO_HEIGHT, autosize={"type": "fit", "contains": "padding"}, layer=layers,
     )  # fmt: skip
+
+
+def _heights(best: Sequence[Choice], joules: Array, seconds: Array) -> list[float]:
+    """The joules a token at which the best deployments' numbers are written: their own, but above the number of a
+    better one of like latency. A latency that bounds them all puts them into one spot. `joules` and `seconds` are
+    those of all points of the chart, of shape (N,)."""
+    line = NUMBER_HEIGHT / PARETO_HEIGHT * math.log(joules.max() / joules.min())
+    like = 0.05 * math.log(seconds.max() / seconds.min())
+    heights: list[float] = []
+    for choice in best:
+        height = math.log(choice.token_j)
+        for better, below in zip(best, heights, strict=False):
+            if abs(math.log(choice.tpot_s / better.tpot_s)) <= like:
+                height = max(height, below + line)
+        heights.append(height)
+    return [math.exp(height) for height in heights]
 
 
 def _shown(found: Exploration, best: Sequence[Choice]) -> list[int]:

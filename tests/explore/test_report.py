@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,29 @@ def test_chromium_draws_every_chart(page: str, found: Exploration, best: list[Ch
     assert seen["coefficients"]["rect"] == 8 * len(best)
     for choice in best:
         assert choice.command in document
+
+
+TEXTS = """<script>
+  const waiting = setInterval(() => {
+    if (!document.body.dataset.drawn) return;
+    clearInterval(waiting);
+    document.body.dataset.numbers = JSON.stringify([...document.querySelectorAll("#pareto .role-mark.mark-text text")]
+      .map(text => text.getBoundingClientRect()).map(box => [box.left, box.right, box.top, box.bottom]));
+  }, 50);
+</script></body></html>"""
+
+
+@pytest.mark.chromium
+def test_numbers_of_the_best_do_not_cover_each_other(page: str, best: list[Choice], tmp_path: Path) -> None:
+    document, _ = opened(page.replace("</body>\n</html>", TEXTS), tmp_path)
+    found = re.search(r'data-numbers="([^"]+)"', document)
+    assert found
+    boxes = json.loads(found[1])
+    assert len(boxes) == len(best)
+    for (left, right, top, bottom), (other_left, other_right, other_top, other_bottom) in combinations(boxes, 2):
+        beside = right <= other_left or other_right <= left
+        # A line of text has room above and below its figures, which may overlap.
+        assert beside or abs((top + bottom) - (other_top + other_bottom)) / 2 >= 11
 
 
 HOVER = """<script>
