@@ -28,9 +28,6 @@ from energylens_vllm.hardware.profile import GpuProfile
 COMPONENTS = (
     "static", "linear", "attention", "experts", "weights", "kv_cache", "activations", "communication", "host_gap",
 )  # fmt: skip
-#: Seconds in which the host launches one of the kernels beside attention over split contexts: inside vLLM's attention
-#: operation, not through a compiled graph's wrapper. A collective's: docs/collectives.md.
-BESIDE_LAUNCH_S = 20e-6
 
 
 class Alike(NamedTuple):
@@ -159,7 +156,7 @@ class GpuStep:
         none = np.zeros((self.stages, 1))
         self.attention_launch_s = profile["host.attention_s"] * sum((counts[k] for k in attention), none)
         self.beside_launch_s = {
-            phase: BESIDE_LAUNCH_S * sum((counts[k] for k in of), none) for phase, of in beside.items() if of
+            phase: profile["host.launch_s"] * sum((counts[k] for k in of), none) for phase, of in beside.items() if of
         }
         self.other_launch_s = sum(
             (
@@ -175,6 +172,7 @@ class GpuStep:
         )
         #: host work between steps, for each step and for each of its requests
         hidden = profile.async_scheduling if async_scheduling is None else async_scheduling
+        hidden &= not (profile.eager_contexts and self.beside_attention["all"])
         self.serial_s = (0.0, 0.0) if hidden else (profile["host.serial_s"], profile["host.serial_request_s"])
         self.power = Power(
             static_w=profile["power.static_w"],
@@ -270,8 +268,8 @@ class GpuStep:
         context = steps.attention[0].prefill_keys - (steps.tokens - steps.decode_tokens)
         if phase == "prefill":
             return np.asarray(context)
-        spared = self.profile.skips_fresh_contexts & (steps.decode_tokens + context == 0)
-        return np.where(spared, 0.0, self.padded(steps.tokens))
+        some = (steps.decode_tokens + context > 0) | self.profile.eager_contexts
+        return np.where(some, self.padded(steps.tokens), 0.0)
 
     def _host_s(self, steps: Steps, prefill_tokens: Array) -> Array:
         """Seconds that the host needs for each step; it works on one while the GPU runs the one before.

@@ -84,10 +84,12 @@ class GpuProfile:
         return _release(self.vllm_release) >= (0, 32)
 
     @property
-    def skips_fresh_contexts(self) -> bool:
-        """Whether a step whose requests have no context yet spares what a split one takes (flash_attn.py,
-        `should_skip_dcp_context_attention`: in 0.32, not in 0.25)."""
-        return _release(self.vllm_release) >= (0, 32)
+    def eager_contexts(self) -> bool:
+        """Whether vLLM's attention over split contexts, except latent attention, exchanges outputs also in steps whose
+        requests have no context yet, and waits for the GPU before each step: a number that it copies there stops
+        asynchronous scheduling. Both were so in 0.25 (flash_attn.py, `get_dcp_local_seq_lens`), and no more in 0.32.
+        """
+        return _release(self.vllm_release) < (0, 32)
 
     def measured_release(self, release: str) -> str:
         """The release that was measured and is nearest to `release`."""
