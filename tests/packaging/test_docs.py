@@ -37,5 +37,5 @@ def test_commands_in_the_documentation_exist(page: Path) -> None:
     assert used <= set(COMMANDS)
 
 
-def test_the_readme_shows_what_the_commands_print() -> None:
+def test_pages_show_what_the_commands_print() -> None:
     subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], check=True)
