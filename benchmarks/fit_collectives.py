@@ -5,7 +5,7 @@
 DATA is a folder with comm_nccl.parquet, comm_custom_allreduce.parquet, comm_deepep_normal.parquet and
 comm_deepep_ll.parquet: tables of NVIDIA's AIConfigurator database (Apache-2.0), one row a measurement, latency_s or
 microseconds in CUDA graphs. --write rewrites energylens_vllm/hardware/interconnects/*.json; without it nothing is
-written. Needs pandas, pyarrow and scipy.
+written. Needs pandas, pyarrow and scipy. Joules are those of two H200s, whose rows this repository has.
 
 Three kinds of error: over the fitted rows; over message sizes left out (every fourth, four times); over GPU counts left
 out (one at a time). Beside them the error on rows of the other NCCL or vLLM releases in the table.
@@ -24,6 +24,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
+from energylens_vllm.calibrate.collectives import Row
+from energylens_vllm.calibrate.collectives_fit import powered
 from energylens_vllm.energy.collectives import Collectives, reached
 from energylens_vllm.hardware.interconnect import INTERCONNECTS, Fit, Path, parse
 
@@ -31,6 +33,10 @@ KIB, MIB = 1024, 1024 * 1024
 SYSTEMS = {"A100-SXM-80GB": "a100_sxm", "H100-SXM": "h100_sxm", "H200-SXM": "h200_sxm", "B200-SXM": "b200_sxm"}
 CAPABILITY = {"A100-SXM-80GB": "8.0", "H100-SXM": "9.0", "H200-SXM": "9.0", "B200-SXM": "10.0"}
 TABLE = "AIConfigurator (NVIDIA, Apache-2.0)"
+#: What collectives between two H200s took in joules.
+MEASURED = pathlib.Path(__file__).parent / "results" / "calibrate_h200_pair" / "collectives.json"
+ENERGY_UNITS = {"communication_power_w": "W", "energy_per_link_byte_j": "J/B"}
+BOARD_W = {"A100-SXM-80GB": 400.0, "H100-SXM": 700.0, "H200-SXM": 700.0, "B200-SXM": 1000.0, "L40S": 350.0}
 
 #: vLLM 0.32, all_reduce_utils.py: largest buffer of the custom kernels where symmetric memory is on, capped at 8 MiB
 #: by CustomAllreduce(max_size), and taken below it only (`<`); of symmetric memory (`<=`). 8 MiB where it is not.
@@ -362,10 +368,9 @@ def coefficient(value: float, std: float, unit: str, source: str) -> dict:
 
 
 def coefficients(gpu: str) -> dict[str, dict]:
-    """Link and network bandwidths from data sheets; energy by reasoning, until a fit on serving data replaces it."""
+    """Link and network bandwidths from data sheets."""
     link = {"A100-SXM-80GB": 300e9, "H100-SXM": 450e9, "H200-SXM": 450e9, "B200-SXM": 900e9, "L40S": 32e9}[gpu]
     network = 0.84 * {"A100-SXM-80GB": 25e9, "L40S": 25e9}.get(gpu, 50e9)
-    board = {"A100-SXM-80GB": 400.0, "H100-SXM": 700.0, "H200-SXM": 700.0, "B200-SXM": 1000.0, "L40S": 350.0}[gpu]
     return {
         "link_bandwidth_bytes_per_s": coefficient(
             link, 0.0, "B/s", "NVIDIA data sheet: one direction, all links of a GPU"
@@ -377,16 +382,34 @@ def coefficients(gpu: str) -> dict[str, dict]:
         "network_hop_s": coefficient(
             4e-6, 0.5, "s", "NVIDIA/nccl src/graph/tuning.cc hwLat: 2.7, 4.0, 9.6 us a network step (LL, LL128, Simple)"
         ),
-        "communication_power_w": coefficient(
-            0.1 * board, 0.6, "W", "a tenth of the board's power: 16 to 36 of 108 to 148 SMs copy and poll, and a "
-            "memory-bound SM draws well below its share at full load; no published figure, to be fitted on serving data"
-        ),
-        "energy_per_link_byte_j": coefficient(
-            100e-12, 0.6, "J/B", "5.5 to 6.5 pJ/bit of a SerDes link (NVIDIA, What Is NVLink?, 2023: 1.3 pJ/bit for "
-            "NVLink-C2C, 5 times better than PCIe 5), half at either end: about 48 pJ/B; the rest for reading and "
-            "writing the buffer in L2 or HBM at both ends; no published figure, to be fitted on serving data"
-        ),
     }  # fmt: skip
+
+
+def energy(h200: dict) -> dict[str, dict[str, dict]]:
+    """GPU -> its energy of collectives: that of two H200s, whose links and kernels an H100 has, too. Elsewhere the SMs
+    that drive a collective are taken to be as much of the board's power, and a byte to cost the same."""
+    rows = [Row(**row) for row in json.loads(MEASURED.read_text())]
+    source = "energylens calibrate --collectives on two H200s, benchmarks/results/calibrate_h200_pair"
+    unknown = {name: coefficient(0.0, 1.0, unit, "") for name, unit in ENERGY_UNITS.items()}
+    node = parse(h200 | {"coefficients": h200["coefficients"] | unknown})
+    measured = powered(node, rows, source).coefficients
+    power, byte = (measured[name] for name in ENERGY_UNITS)
+    found = {}
+    for gpu, board_w in BOARD_W.items():
+        if gpu == "H200-SXM":
+            std, of = (power.std, byte.std), source
+        elif gpu == "H100-SXM":
+            std, of = (0.15, 0.15), f"{source}; two H100s agree (benchmarks/calibrate_check.py)"
+        else:
+            std, of = (0.4, 0.4 if gpu != "L40S" else 0.6), f"not measured on this GPU: {source}"
+        scaled = "" if board_w == BOARD_W["H200-SXM"] else ", by the board's power"
+        found[gpu] = {
+            "communication_power_w": coefficient(
+                round(power.value * board_w / BOARD_W["H200-SXM"], 1), std[0], "W", of + scaled
+            ),
+            "energy_per_link_byte_j": coefficient(float(f"{byte.value:.3g}"), std[1], "J/B", of),
+        }  # fmt: skip
+    return found
 
 
 def pcie(a100: dict[str, dict]) -> dict[str, dict]:
@@ -435,6 +458,9 @@ def main() -> None:
             gpus_per_node=8, measured=True, coefficients=coefficients(gpu), fits=report.fits,
             all_reduce=chains(capability), expert_exchange={},
         )  # fmt: skip
+    joules = energy(profiles["H200-SXM"])
+    for gpu, profile in profiles.items():
+        profile["coefficients"] |= joules[gpu]
     print("\nall-reduce as vLLM chooses it, over all sizes (n rows, error, share inside the 90 % interval)")
     for gpu, system in SYSTEMS.items():
         check_chain(profiles[gpu], custom[(custom.system == system) & (custom.backend == "vllm_graph")])
@@ -447,8 +473,9 @@ def main() -> None:
     for gpu in ("H100-SXM", "H200-SXM"):
         check_network(profiles[gpu], normal[normal.system == SYSTEMS[gpu]], low[low.system == SYSTEMS[gpu]])
     profiles["L40S"] = dict(
-        name="L40S", link="PCIe 4.0 x16, no NVLink", gpus_per_node=8, measured=False, coefficients=coefficients("L40S"),
-        fits=pcie(profiles["A100-SXM-80GB"]["fits"]), expert_exchange={},
+        name="L40S", link="PCIe 4.0 x16, no NVLink", gpus_per_node=8, measured=False,
+        coefficients=coefficients("L40S") | joules["L40S"], fits=pcie(profiles["A100-SXM-80GB"]["fits"]),
+        expert_exchange={},
         # vLLM uses its custom kernels over PCIe for pairs only.
         all_reduce={"vllm": {"2": [["one_shot", 8 * MIB - 1]]}, "flashinfer": {"2": [["one_shot", 8 * MIB - 1]]}},
     )  # fmt: skip

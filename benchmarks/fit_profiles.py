@@ -159,6 +159,7 @@ GUESSES = {
     "host.prompt_s": (0.4e-3, 0.5, "s", "host time of a request in prefill: input preparation, sampling, output"),
     "host.launch_s": (48e-6, 0.5, "s", "host time to launch a kernel outside CUDA graphs"),
     "host.engine_share": (0.7, 0.3, "1", "of a step's and its requests' time, the engine's: the rest is the worker's"),
+    "host.pipeline_s": (3e-3, 0.5, "s", "of a pipeline stage's worker, a step: 3.3 ms at the least on two H200s"),
     "host.attention_s": (0.2e-3, 0.5, "s", "host time of an attention call outside full CUDA graphs"),
     "host.experts_s": (0.48e-3, 0.5, "s", "host time of an expert GEMM outside CUDA graphs"),
     "host.serial_s": (1e-3, 0.5, "s", "host time between steps without asynchronous scheduling"),
@@ -251,6 +252,7 @@ FREE_EXPERTS = {
     "experts.padding_energy_share": 0.7, "host.experts_s": 0.5,
 }  # fmt: skip
 FREE_PARALLEL = {"host.engine_share": 0.3}
+FREE_STAGES = {"host.pipeline_s": 0.5}
 FREE_FORMATS = {
     "linear.fp8.memory_efficiency": 0.1, "linear.fp8.compute_efficiency": 0.15, "linear.fp8.launch_s": 0.3,
     "linear.fp8.quantize_passes": 0.5, "linear.fp8.dispatch_s": 0.5, "energy.fp8.j_per_flop": 0.3,
@@ -282,6 +284,8 @@ def free_coefficients(runs: Sequence[Run]) -> dict[str, float]:
             free |= coefficients
     if any(run.deployment.tensor_parallel_size > 1 for run in runs):
         free |= FREE_PARALLEL
+    if any(run.deployment.pipeline_parallel_size > 1 for run in runs):
+        free |= FREE_STAGES
     return free
 
 

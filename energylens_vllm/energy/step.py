@@ -275,7 +275,8 @@ class GpuStep:
         """Seconds that the host needs for each step; it works on one while the GPU runs the one before.
 
         The engine schedules and hands out tokens; a GPU's worker prepares inputs and launches kernels. On one GPU vLLM
-        runs both in one Python process, so their times add up; on several each worker is a process of its own.
+        runs both in one Python process, so their times add up; on several each worker is a process of its own. Workers
+        of pipeline stages also exchange tensors, described by messages between their hosts, and the sampled tokens.
         """
         p = self.profile
         requests_s = (
@@ -292,7 +293,10 @@ class GpuStep:
         if not self.worker_processes:
             return np.asarray(requests_s + launches_s)
         engine_s = p["host.engine_share"] * requests_s
-        return np.asarray(np.maximum(engine_s, requests_s - engine_s + launches_s))
+        worker_s = requests_s - engine_s + launches_s
+        if self.stages > 1:
+            worker_s = worker_s + p["host.pipeline_s"]
+        return np.asarray(np.maximum(engine_s, worker_s))
 
     # -- groups of kernels ----------------------------------------------------------------------------------------
 
