@@ -23,7 +23,7 @@ from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.deployment import Deployment
 from energylens_vllm.energy.expert_exchange import EXCHANGE_STD, ExpertExchanges
 from energylens_vllm.energy.factors import Factors
-from energylens_vllm.energy.interval import COMMUNICATION_STD, CONTEXT_PARALLEL_STD, Uncertainty
+from energylens_vllm.energy.interval import COMMUNICATION_STD, DECODE_CONTEXT_STD, PREFILL_CONTEXT_STD, Uncertainty
 from energylens_vllm.energy.kernel_time import expert_tile_rows
 from energylens_vllm.energy.overlap import DualBatch, DualBatchStep, Overlap, StagedStep, overlap_std
 from energylens_vllm.energy.precision import format_of, kernel_format, widths
@@ -159,8 +159,9 @@ class EnergyModel:
         self._uncertainty = Uncertainty.of(self.profile, kernels, quantization, deployment)
         if overlap is not None:
             self._uncertainty = self._uncertainty.wider("overlap_not_measured", overlap_std(overlap, self.profile.name))
-        if mesh.pcp > 1 or mesh.dcp > 1:
-            self._uncertainty = self._uncertainty.wider("context_parallel", CONTEXT_PARALLEL_STD)
+        for parts, std in ((mesh.dcp, DECODE_CONTEXT_STD), (mesh.pcp, PREFILL_CONTEXT_STD)):
+            if parts > 1:
+                self._uncertainty = self._uncertainty.wider("context_parallel", std)
         if self._exchanges:
             self._uncertainty = self._uncertainty.wider("all2all_not_measured", EXCHANGE_STD)
         std = self._collectives.unmeasured_std(kernels)
