@@ -36,6 +36,11 @@ def check_asked(base: EnergyModel, found: Sequence[Deployment], space: Space) ->
             f"enable_eplb: no deployment of {name} on {where} takes {copies} redundant experts; accepted: expert "
             "parallelism of a network with experts, and numbers that fill all ranks alike"
         )
+    if space.dcp_comm_backend != ("ag_rs",) and all(each.decode_context_parallel_size == 1 for each in found):
+        raise EnergyLensError(
+            f"dcp_comm_backend: no deployment of {name} on {where} splits contexts; accepted: GPUs that hold the same "
+            "KV heads, as with latent attention or more tensor-parallel GPUs than KV heads"
+        )
     used = {each.all2all_backend for each in found}
     for field, asked, missing in (
         ("all2all_backend", " or ".join(space.all2all_backend), used.isdisjoint(space.all2all_backend)),

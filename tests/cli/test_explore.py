@@ -20,6 +20,9 @@ MOE = ["explore", "--model", "qwen3-30b-a3b-fp8", "--gpu", "H100-SXM", "--max-gp
 ONLINE = [*BASE, "-q", *ONLINE_QUANTIZATIONS, "--top", "50"]
 EVERY = [*MOE, "--enable-eplb", "--num-redundant-experts", "0", "8", "--expert-routing", "zipf:0.8", "--enable-dbo",
          "--all2all-backend", "allgather_reducescatter", "deepep_high_throughput", "--top", "50"]  # fmt: skip
+CONTEXTS = ["explore", "--model", "deepseek-v2-lite", "--gpu", "H200-SXM", "--max-gpus", "4", "--prompt", "8000",
+            "--output", "200", "-q", "none", "--kv-cache-dtype", "auto", "-pp", "1", "-dp", "1", "-pcp", "1", "2",
+            "--dcp-comm-backend", "ag_rs", "a2a", "--top", "50"]  # fmt: skip
 
 
 def test_the_json_is_what_the_library_finds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +69,8 @@ def test_files_hold_every_deployment(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("arguments", [[*BASE, "--top", "5"], ONLINE, MOE, EVERY],
-                         ids=["dense", "online quantization", "experts", "every way"])  # fmt: skip
+@pytest.mark.parametrize("arguments", [[*BASE, "--top", "5"], ONLINE, MOE, EVERY, CONTEXTS],
+                         ids=["dense", "online quantization", "experts", "every way", "contexts"])  # fmt: skip
 def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
@@ -81,8 +84,9 @@ def test_vllm_takes_the_commands(arguments: list[str], capsys: pytest.CaptureFix
         args = parser.parse_args(words)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel",
                      "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "enable_eplb", "all2all_backend",
-                     "enable_dbo"):  # fmt: skip
+                     "enable_dbo", "prefill_context_parallel_size", "decode_context_parallel_size"):  # fmt: skip
             assert getattr(args, name) == row[name]
+        assert (args.dcp_comm_backend or "ag_rs") == row["dcp_comm_backend"]  # vLLM says later which is its default
         assert args.eplb_config.num_redundant_experts == row["num_redundant_experts"]
         # A checkpoint that is stored in its quantization says so itself.
         assert args.quantization in (None, *QUANTIZATION_METHODS)

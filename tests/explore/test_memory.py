@@ -55,6 +55,20 @@ def test_sharding_divides_weights_and_cache() -> None:
     assert fp8.stages[0].request_bytes(1600) == one.stages[0].request_bytes(1600) / 2
 
 
+def test_split_contexts_divide_the_cache_and_tokens_that_are_split_do_not() -> None:
+    """16 tokens of each GPU make a block; of 17 tokens that two share the second block is begun after 32."""
+    one, two = (memory("deepseek-v3", tensor_parallel_size=8, decode_context_parallel_size=n) for n in (1, 2))
+    assert two.weights == one.weights
+    assert two.stages[0].request_bytes(32_000) == one.stages[0].request_bytes(32_000) / 2
+    assert two.stages[0].request_bytes(17) == two.stages[0].request_bytes(32) == one.stages[0].request_bytes(16)
+    most = [float(each.most_running(30_000, 1000, 8192, 256)) for each in (one, two)]
+    assert most[1] == pytest.approx(2 * most[0], rel=0.05)
+    tokens = memory("deepseek-v3", tensor_parallel_size=8, prefill_context_parallel_size=2, vllm_release="0.32.0")
+    assert tokens.stages[0].request_bytes(32_000) == one.stages[0].request_bytes(32_000)
+    assert tokens.weights < 0.6 * one.weights, "experts are shared out over twice as many GPUs"
+    assert tokens.weights > 0.5 * one.weights, "and the rest is not"
+
+
 def test_sliding_windows_keep_no_more_than_the_window() -> None:
     (stage,) = memory("gemma-2-9b").stages
     per_token = 2 * 42 * 8 * 256 * 2

@@ -9,7 +9,7 @@ import pytest
 
 from energylens_vllm import EnergyLensError, EnergyModel
 from energylens_vllm.explore import Exploration, Load, Space, explore
-from energylens_vllm.explore.explain import command, measured_releases
+from energylens_vllm.explore.explain import command, measured_releases, row
 from energylens_vllm.explore.space import VLLM_RELEASE, engines
 
 LOAD = Load(1000, 300, ttft_s=1.0, tpot_s=0.05)
@@ -246,6 +246,52 @@ def test_exchanges_are_tried_where_they_were_measured() -> None:
     )
 
 
+LATENT = Space(gpus=("H200-SXM",), max_gpus=4, data_parallel_size=(1,), pipeline_parallel_size=(1,),
+               quantization=(None,), kv_cache_dtype=("auto",))  # fmt: skip
+
+
+def test_contexts_are_split_where_it_pays() -> None:
+    """Of latent attention every GPU keeps the whole cache, unless contexts are split."""
+    space = replace(LATENT, tensor_parallel_size=(4,), max_gpus=4, exactly=True, enable_expert_parallel=False)
+    short, long = (explore("deepseek-v2-lite", Load(prompt, 200, tpot_s=0.05), space) for prompt in (200, 30_000))
+    for found in (short, long):
+        assert {engine.title for engine in found.engines} == {"4 x H200-SXM, TP4", "4 x H200-SXM, TP4 DCP4"}
+    best = [found.engines[found.deployments.engine[found.best(1)[0]]] for found in (short, long)]
+    assert [engine.deployment.decode_context_parallel_size for engine in best] == [1, 4]
+    assert all("--decode-context-parallel-size 4" in text for text in commands(long, decode_context_parallel_size=4))
+    assert not any("context" in text for text in commands(long, decode_context_parallel_size=1))
+    shown = [row(long, index) for index in long.best(2)]
+    assert [each["decode_context_parallel_size"] for each in shown] == [4, 1]
+
+
+def test_ways_of_splitting_contexts_and_tokens_that_are_asked_for() -> None:
+    space = replace(LATENT, tensor_parallel_size=(1, 2, 4), decode_context_parallel_size=(2,),
+                    dcp_comm_backend=("ag_rs", "a2a"), enable_expert_parallel=False)  # fmt: skip
+    found = explore("deepseek-v2-lite", Load(1000, 200), space)
+    assert {engine.title for engine in found.engines} == {
+        f"{gpus} x H200-SXM, TP{gpus} DCP2{name}" for gpus in (2, 4) for name in ("", ", a2a")
+    }
+    assert all("--dcp-comm-backend a2a" in text for text in commands(found, dcp_comm_backend="a2a"))
+    space = replace(LATENT, prefill_context_parallel_size=(1, 2), decode_context_parallel_size=(1,), max_gpus=2)
+    found = explore("deepseek-v2-lite", Load(1000, 200), space)
+    assert {engine.title for engine in found.engines} == {
+        "1 x H200-SXM",
+        *(f"2 x H200-SXM, {way}{ep}" for way in ("TP2", "PCP2") for ep in ("", ", EP")),
+    }
+    assert all("--prefill-context-parallel-size 2" in t for t in commands(found, prefill_context_parallel_size=2))
+    assert "context_parallel" in found.flags
+
+
+def test_networks_whose_gpus_hold_other_kv_heads_are_tried_as_before() -> None:
+    tried = explore("llama-3.1-8b", Load(1000, 200), Space(gpus=("H200-SXM",), max_gpus=8)).engines
+    assert {engine.deployment.decode_context_parallel_size for engine in tried} == {1}
+    few = replace(LATENT, max_gpus=8, tensor_parallel_size=(4, 8), enable_expert_parallel=False)
+    tried = explore("qwen3-30b-a3b", Load(1000, 200), few).engines
+    assert {engine.title for engine in tried} == {
+        "4 x H200-SXM, TP4", "8 x H200-SXM, TP8", "8 x H200-SXM, TP8 DCP2",
+    }  # fmt: skip
+
+
 def test_experts_that_are_balanced_pay_where_routing_is_uneven() -> None:
     space = replace(EXPERTS, tensor_parallel_size=(4,), data_parallel_size=(1,), expert_routing="zipf:1.0",
                     enable_eplb=True, num_redundant_experts=(0, 16, 17))  # fmt: skip
@@ -309,6 +355,12 @@ def test_progress_is_told() -> None:
         ({"enable_dbo": True}, "enable_dbo: no deployment of Llama-3.1-70B on up to 8 x H100-SXM uses dual-batch"),
         ({"all2all_backend": ("deepep_low_latency",)}, "all2all_backend: no deployment of Llama-3.1-70B on up to 8 x"),
         ({"all2all_backend": ("deepep_lowlatency",)}, "did you mean 'deepep_low_latency'"),
+        ({"decode_context_parallel_size": (0,)}, "decode_context_parallel_size: 0"),
+        ({"decode_context_parallel_size": (2, 4)},
+         "decode_context_parallel_size: 2 or 4 does not split Llama-3.1-70B: layer.qkv: "),
+        ({"prefill_context_parallel_size": (2,)}, "prefill_context_parallel_size: 2 does not split Llama-3.1-70B"),
+        ({"dcp_comm_backend": ("a2b",)}, "did you mean 'a2a'"),
+        ({"dcp_comm_backend": ("a2a",)}, "dcp_comm_backend: no deployment of Llama-3.1-70B on up to 8 x H100-SXM"),
         ({"vllm_release": "newest"}, "vllm_release: 'newest' is not a release"),
         ({"max_gpus": 1, "quantization": (None,)}, "does not fit 1 x H100-SXM: a GPU would hold 141.1 GB"),
         ({"max_gpus": 7, "exactly": True, "pipeline_parallel_size": (1,), "quantization": (None,)},
