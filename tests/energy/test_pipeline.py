@@ -12,6 +12,7 @@ from energylens_vllm.energy.overlap import DualBatch, Overlap
 from energylens_vllm.energy.pipeline import longest
 from energylens_vllm.energy.precision import format_of, widths
 from energylens_vllm.energy.step import Evaluated
+from energylens_vllm.hardware import load_profile
 
 
 def go_round(time_s: Array, weights: Array, stages: int, steps: int = 8000) -> float:
@@ -63,12 +64,12 @@ def random_steps(model: EnergyModel, count: int) -> Steps:
 
 
 def alone(model: EnergyModel, steps: Steps, overlap: Overlap | DualBatch | None) -> list[Evaluated]:
-    """A GPU of each stage, which knows the kernels of that stage alone."""
+    """A GPU of each stage, which knows the kernels of that stage alone, beside one that has nothing to do."""
     deployment = model.deployment
     return [
         model._gpu_step(
             overlap,
-            [[kernel for kernel in model.kernels if kernel.stage == stage]],
+            [[kernel for kernel in model.kernels if kernel.stage == stage], []],
             model.masks,
             model.profile,
             format_of(model.quantization),
@@ -158,9 +159,12 @@ def test_many_steps_are_as_few(pipeline: int) -> None:
 def test_workers_of_every_stage_are_processes_of_their_own() -> None:
     """With one GPU a stage the last sends nothing; the engine works beside its worker all the same."""
     requests = [(1, 500)] * 64
+    profile = load_profile("H200-SXM")
+    alike = profile.with_values({"host.pipeline_s": 0.0}, "workers that exchange nothing")
     hosts = []
-    for tensor, pipeline in ((1, 2), (2, 1), (1, 1)):
+    for given, tensor, pipeline in ((alike, 1, 2), (alike, 2, 1), (alike, 1, 1), (profile, 1, 2)):
         deployment = Deployment(gpu="H200-SXM", tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
-        model = EnergyModel("llama-3.1-8b", deployment)
+        model = EnergyModel("llama-3.1-8b", deployment, given)
         hosts.append(model.predict(steps_from_requests(requests, model.masks)).host_s[0])
     assert hosts[0] == hosts[1] < hosts[2]
+    assert hosts[3] > hosts[0]
