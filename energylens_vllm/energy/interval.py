@@ -23,8 +23,8 @@ from energylens_vllm.hardware.profile import GpuProfile
 HALF_WIDTH_90 = 1.645
 #: One relative standard deviation of a collective's time and energy where links are involved (docs/collectives.md).
 COMMUNICATION_STD = 0.2
-#: What comes on top where contexts are split over GPUs. What that changes was predicted 7 % off in time and 5 % in energy
-#: on two H200s with vLLM 0.25.1 (benchmarks/context_parallel.py); other GPUs, releases and backends were not recorded.
+#: What comes on top where contexts are split over GPUs. On two H200s with vLLM 0.25.1 what that changes was predicted
+#: 7 % off in time and 5 % in energy (benchmarks/context_parallel.py); other GPUs and releases were not recorded.
 DECODE_CONTEXT_STD = 0.1
 #: Where tokens are split: no step was recorded; judgement, meant to be too wide.
 PREFILL_CONTEXT_STD = 0.2
