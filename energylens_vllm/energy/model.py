@@ -37,7 +37,7 @@ from energylens_vllm.hardware.profile import GpuProfile, load_profile
 
 PHASES = ("prefill", "decode")
 #: Steps that are evaluated at a time: their arrays stay in a core's cache, and take the memory of those before.
-BLOCK_STEPS = 1 << 15
+BLOCK_STEPS = 24 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,9 @@ class EnergyModel:
         each time the slowest stage does. Ranks that share experts are taken to have like batches."""
         if len(steps) <= BLOCK_STEPS:
             return self._together(steps, self._gpu.evaluate(steps))
-        whole = _each(self.predict(steps[:1]), lambda _: np.empty(len(steps)))
+        first = self.predict(steps[:1])
+        room = iter(np.empty((len(list(_arrays(first))), len(steps))))  # in one piece, which gets large pages
+        whole = _each(first, lambda _: next(room))
         for start in range(0, len(steps), BLOCK_STEPS):
             block = slice(start, start + BLOCK_STEPS)
             for into, values in zip(_arrays(whole), _arrays(self.predict(steps[block])), strict=True):

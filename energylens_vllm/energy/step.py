@@ -69,7 +69,7 @@ class Work:
     """Seconds and joules that kernels add up to: of one launch each of one shape (N,), of S stages of (S, N)."""
 
     def __init__(self, like: Array) -> None:
-        nothing = np.zeros_like(like)  # one for all: sums make new arrays
+        self.nothing = nothing = np.zeros_like(like)  # one for all: sums make new arrays
         self.time_s = self.clocked_s = self.communication_s = self.waiting_s = self.padding_j = nothing
         self.memory_j: dict[str, Array] = {}  #: HBM and links; only a share of it follows the core voltage
         self.core_j: dict[str, Array] = {}  #: arithmetic; follows the core voltage
@@ -91,7 +91,8 @@ class Work:
 
     def _add(self, other: Work, made: Callable[[Array], Array]) -> None:
         for name in ("time_s", "clocked_s", "communication_s", "waiting_s", "padding_j"):
-            setattr(self, name, getattr(self, name) + made(getattr(other, name)))
+            if (values := getattr(other, name)) is not other.nothing:
+                setattr(self, name, getattr(self, name) + made(values))
         for mine, theirs in ((self.memory_j, other.memory_j), (self.core_j, other.core_j)):
             for name, joules in theirs.items():
                 self.spend(mine, name, made(joules))
