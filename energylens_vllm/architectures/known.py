@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,11 @@ def hub_ids(name: str) -> list[str]:
     ids = _read(CATALOG / f"{name}.json")[HUB_IDS]
     assert isinstance(ids, list)
     return ids
+
+
+def is_cascade(source: object) -> bool:
+    """Whether a model is given as the path of a cascade in YAML, which knows of no checkpoint, and not as a config."""
+    return isinstance(source, str | os.PathLike) and os.fspath(source).endswith((".yaml", ".yml"))
 
 
 def load_config(source: str | Path | Mapping[str, object]) -> dict[str, object]:

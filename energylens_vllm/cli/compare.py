@@ -15,7 +15,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from energylens_vllm.cli.deployment import add_deployment_arguments, add_model_argument, deployment, is_cascade
+from energylens_vllm.architectures import is_cascade
+from energylens_vllm.cli.deployment import add_deployment_arguments, add_model_argument, deployment
 from energylens_vllm.cli.predict import add_batch_arguments, requests
 from energylens_vllm.cli.table import percent, quantity, table
 from energylens_vllm.einsum import Kernel

@@ -64,11 +64,6 @@ def add_model_argument(parser: argparse.ArgumentParser, flag: str = "model") -> 
     argument.dest, argument.required = "model", True
 
 
-def is_cascade(model: str) -> bool:
-    """Whether a model argument is the path of a cascade in YAML, which knows of no checkpoint and its quantization."""
-    return model.endswith((".yaml", ".yml"))
-
-
 def add_deployment_arguments(parser: argparse.ArgumentParser, leave_out: frozenset[str] = frozenset()) -> None:
     """Add a flag for each field of `Deployment` but those in `leave_out`."""
     group = parser.add_argument_group("deployment", "under vLLM's own names")

@@ -20,9 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-from energylens_vllm.architectures import hub_ids, known_models, load_config
+from energylens_vllm.architectures import hub_ids, is_cascade, known_models, load_config
 from energylens_vllm.architectures import quantization as quantization_of
-from energylens_vllm.cli.deployment import add_model_argument, is_cascade
+from energylens_vllm.cli.deployment import add_model_argument
 from energylens_vllm.cli.table import quantity, table
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.explore.explain import Choice, as_json, choices, dumps, measured_releases, row
@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of prompt tokens found in the prefix cache (default: 0)",
     )  # fmt: skip
     load.add_argument(
-        "--max-model-len", type=int, metavar="TOKENS", help="longest request (default: twice prompt and output)"
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="longest request (default: twice prompt and output, as far as the model's context goes)",
     )
 
     tried = parser.add_argument_group("what is tried", "under vLLM's own names; one value or several")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from energylens_vllm.architectures import is_cascade, load_config, longest_request
 from energylens_vllm.einsum import Cascade
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Integers
+from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.explore.deployments import Deployments, evaluate
 from energylens_vllm.explore.engine import Engine, limits
 from energylens_vllm.explore.nothing import check_asked, nothing_fits, nothing_keeps_up
@@ -61,11 +63,13 @@ def explore(
 ) -> Exploration:
     """Every deployment of `model` in `space`, and which of them carry `load`.
 
+    Requests longer than the model's context are refused, and the longest that has to fit is no longer than it.
     Raises EnergyLensError for a model or GPU that is not known, a degree that does not divide, a quantization that vLLM
     does not make, something asked for that no deployment has, a model that does not fit, a number of GPUs that no
     deployment has, and latencies or a rate that none reaches: each says how far off the nearest is.
     """
     space = space or Space()
+    load = _bounded(model, load)
     base = EnergyModel(model, Deployment(gpu=space.gpus[0]))
     found = list(engines(base.cascade, base.quantization, space))
     check_asked(base, found, space)
@@ -97,6 +101,23 @@ def explore(
     front[feasible] = pareto_front(table.token_j[feasible], table.tpot_s[feasible], table.gpus[feasible])
     flags = frozenset().union(*(engine.model.flags for engine in kept))
     return Exploration(base.cascade.name, load, space, tuple(kept), table, feasible, front, flags)
+
+
+def _bounded(model: Mapping[str, object] | str | os.PathLike[str] | Cascade, load: Load) -> Load:
+    """The load with the longest request that the model's context holds, unless one is given. Raises for longer ones."""
+    if isinstance(model, Cascade) or is_cascade(model):
+        return load  # a cascade does not say
+    most = longest_request(load_config(model if isinstance(model, Mapping) else os.fspath(model)))
+    if most is None or load.longest <= most:
+        return load
+    if load.max_model_len is not None:
+        raise EnergyLensError(f"max_model_len: {load.max_model_len}; accepted: up to {most}, the model's context")
+    if load.prompt_tokens + load.output_tokens > most:
+        raise EnergyLensError(
+            f"prompt_tokens and output_tokens: {load.prompt_tokens + load.output_tokens:.0f} together; accepted: up to "
+            f"{most}, the model's context"
+        )
+    return replace(load, max_model_len=most)
 
 
 def _replicas(gpus: int, load: Load, space: Space) -> Integers:

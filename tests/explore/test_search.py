@@ -328,6 +328,20 @@ def test_the_newest_release_is_predicted_unless_another_is_asked_for() -> None:
     assert newest.deployments.token_j.min() != old.deployments.token_j.min()
 
 
+def test_a_context_for_which_no_memory_is_left() -> None:
+    space = Space(gpus=("H100-SXM",), max_gpus=2, quantization=(None,), kv_cache_dtype=("auto",))
+    with pytest.raises(EnergyLensError, match="holds no request of 131072 tokens"):
+        explore("llama-3.1-70b", Load(1000, 300, max_model_len=131_072), space)
+
+
+def test_the_longest_request_is_no_longer_than_the_context() -> None:
+    space = Space(gpus=("H200-SXM",), max_gpus=1, max_num_seqs=(8,), quantization=(None,))
+    found = explore("llama-3-8b", Load(4000, 500), space)
+    assert found.load.longest == 8192, "twice the mean lengths are 9,008"
+    assert "--max-model-len 8192 " in commands(found)[0]
+    assert explore("llama-3-8b", Load(400, 50), space).load.longest == 912
+
+
 def test_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
     explore("llama-3.1-8b", Load(500, 100), Space(gpus=("H100-SXM",), max_gpus=2), lambda *at: told.append(at))
@@ -410,7 +424,8 @@ def test_a_rate_at_which_who_is_fast_lets_requests_wait() -> None:
         ({"tpot_s": 0.0001}, "tpot: no deployment of Llama-3.1-70B keeps it within 0.1 ms; the nearest"),
         ({"ttft_s": 0.0001}, "ttft: no deployment of Llama-3.1-70B keeps it within 0.1 ms; the nearest"),
         ({"rate_per_s": 10_000.0}, "rate: no deployment of Llama-3.1-70B on up to 8 GPUs keeps up with 10000"),
-        ({"max_model_len": 100_000_000}, "holds no request of 100000000 tokens"),
+        ({"max_model_len": 100_000_000}, "max_model_len: 100000000; accepted: up to 131072, the model's context"),
+        ({"prompt_tokens": 131_000}, "prompt_tokens and output_tokens: 131300 together; accepted: up to 131072"),
     ],
 )
 def test_loads_that_nothing_carries(given: dict[str, float], message: str) -> None:
