@@ -141,8 +141,9 @@ class _Rank:
         variance = steps.mean(time_s**2) - alone_s**2
         idle_w = model.idle_power_w / model.deployment.data_parallel_size
         token_s = stages * step_s
+        pass_share = float(steps.mean(steps.predicted.gpu_s)[0] / step_s[0])
         return cls(
-            speed=station(sizes, completed, power_w, token_s, token_s, idle_w),
+            speed=station(sizes, completed, power_w, token_s, token_s, idle_w, pass_share),
             step_variance=stages * interpolated(most, sizes, np.maximum(variance, 1e-18)),
             sizes=sizes,
             decode_s=stages * time_s[steps.starting == 0],

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from energylens_vllm.energy.batch import Array, Integers, steps_of_mixtures
-from energylens_vllm.energy.pipeline import longest
+from energylens_vllm.energy.pipeline import longest, partly
 from energylens_vllm.energy.speculative import Speculation, drafting
 from energylens_vllm.errors import EnergyLensError
 
@@ -197,9 +197,13 @@ def serve(
     def one(values: Array) -> float:
         return float(values[0])
 
-    busy = min(running / least, 1.0)
-    power_w = model.idle_power_w + busy * (one(found.power_w) - model.idle_power_w)
-    tokens_per_s = busy * one(found.tokens_per_s)
+    # With fewer, one request is a batch, and with less than that there is none for the rest of the time.
+    stages = deployment.pipeline_parallel_size
+    batches = min(running / least, 1.0) * stages
+    taken, pace = partly(max(batches, 1.0), stages, one(found.pass_share))
+    rate = float(pace) * min(batches, 1.0)
+    power_w = model.idle_power_w + rate * (one(found.power_w) - model.idle_power_w)
+    tokens_per_s = rate * one(found.tokens_per_s)
     token_j = power_w / tokens_per_s
     dearer = token_j / one(found.token_j)  # by static power of what is empty
     return ServingPrediction(
@@ -207,7 +211,7 @@ def serve(
         energy_per_request_j=token_j * lengths.output,
         power_w=power_w,
         output_tokens_per_s=tokens_per_s,
-        inter_token_latency_s=one(found.tpot_s),
+        inter_token_latency_s=float(taken) * one(found.tpot_s),
         time_to_first_token_s=one(found.ttft_s),
         step_time_s=one(found.step_s),
         running=ranks * running,
@@ -220,7 +224,8 @@ def serve(
 
 def fewest(model: EnergyModel) -> float:
     """Requests of a data-parallel rank that leave no stage of its pipeline empty; with fewer, completions and power
-    above idle are in proportion. Ranks that share experts step together, so that one request keeps all of them busy."""
+    above idle are in proportion (`partly`). Ranks that share experts step together, so that one request keeps all of
+    them busy."""
     deployment = model.deployment
     together = deployment.data_parallel_size if any(kernel.experts for kernel in model.kernels) else 1
     return deployment.pipeline_parallel_size / together
@@ -239,6 +244,7 @@ class Steady:
     tpot_s: Array  #: between tokens of a request
     ttft_s: Array  #: of a request, from when it is scheduled first
     step_s: Array
+    pass_share: Array  #: of the time between a batch's steps, what it needs to pass the stages with none in its way
     bubble_share: Array
     prefill_share: Array  #: of the energy
     components_j: dict[str, Array]  #: joules an output token, by what they are spent on; drafts' are not in it
@@ -278,6 +284,7 @@ def steady(
         tpot_s=in_flight * step_s / kept,
         ttft_s=steps.mean_of_starts(predicted.time_s) * steps.chunks * in_flight,
         step_s=step_s,
+        pass_share=steps.mean(predicted.gpu_s) / step_s,
         bubble_share=bubble_s / step_s,
         prefill_share=steps.mean(predicted.phases["prefill"]) / step_j,
         components_j={

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from energylens_vllm.energy.batch import Array, Integers
+from energylens_vllm.energy.pipeline import partly
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +87,21 @@ def log_weights(rate_per_s: Array, completions_per_s: Array) -> Array:
 
 
 def station(
-    sizes: Array, completions_per_s: Array, power_w: Array, tpot_s: Array, ttft_s: Array, idle_w: float
-) -> Speed:
+    sizes: Array, completions_per_s: Array, power_w: Array, tpot_s: Array, ttft_s: Array, idle_w: float,
+    pass_share: float,
+) -> Speed:  # fmt: skip
     """A server at 1 .. sizes[-1] requests, from closed queues of `sizes`: ascending, and the first as many as there are
     pipeline stages.
 
-    Fewer requests than pipeline stages leave as many stages empty: completions and power above idle are in proportion.
+    Fewer requests than pipeline stages leave as many stages empty: completions and power above idle are in proportion
+    (`partly`, of which `pass_share` is).
     """
-    most = int(sizes[-1])
-    part = np.minimum(np.arange(1, most + 1) / sizes[0], 1.0)
+    most, stages = int(sizes[-1]), int(sizes[0])
+    taken, part = partly(np.minimum(np.arange(1, most + 1), stages), stages, pass_share)
     return Speed(
         completions_per_s=interpolated(most, sizes, completions_per_s) * part,
         power_w=idle_w + (interpolated(most, sizes, power_w) - idle_w) * part,
-        tpot_s=interpolated(most, sizes, tpot_s),
+        tpot_s=interpolated(most, sizes, tpot_s) * taken,
         ttft_s=interpolated(most, sizes, ttft_s),
         idle_w=idle_w,
     )

@@ -141,6 +141,7 @@ def speed(engine: Engine, sizes: Integers, full: Steady, output_tokens: float) -
         full.tpot_s,
         full.ttft_s,
         engine.model.idle_power_w / ranks,
+        float(full.pass_share[0]),
     )
     # Who comes alone does not wait.
     return replace(found, ttft_s=found.ttft_s + np.where(np.arange(most) > 0, until_s, 0.0))
