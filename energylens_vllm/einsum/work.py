@@ -284,8 +284,9 @@ class Counter:
 
     def _attention(self, placed: list[Placed]) -> AttentionShape:
         """Heads and widths read off the einsums: scores are what has tokens and context on the left, values what sums
-        over context."""
-        heads = kv_heads = 1.0
+        over context. Either has the KV heads of what it reads; scores that read no keys (a softmax alone), their own.
+        """
+        heads, kv_heads = 1.0, 0.0
         head_dim = value_dim = 0.0
         mask, parts = None, 1
         for each in placed:
@@ -294,20 +295,25 @@ class Counter:
                 for name in access.ranks:
                     if self.ranks[name].bound == "context":
                         mask, parts = self.ranks[name].mask, self.sharding.degree(name, place)
+            scores = self._bounds(einsum.output) >= {"context", "tokens"}
+            if scores:
+                heads = self._fixed(einsum.output.ranks, place)
             for term in einsum.terms:
                 depth = contracted(self.cascade, einsum, term)
                 keys = [a for a in term.accesses() if self._bounds(a) == {"context"}]
-                if self._bounds(einsum.output) >= {"context", "tokens"} and depth and keys:
+                if scores and depth and keys:
                     head_dim += prod(self.extent(name, place) for name in depth)
-                    heads = self._fixed(einsum.output.ranks, place)
-                    kv_heads = max(kv_heads, self._fixed((n for n in keys[0].ranks if n not in depth), place))
-                elif any(self.ranks[name].bound == "context" for name in depth) and keys:
-                    scores = {name for a in term.accesses() if a != keys[0] for name in a.ranks}
-                    own = [n for n in keys[0].ranks if n not in scores and self.ranks[n].groups not in scores]
+                    own = set(depth)
+                elif keys and any(self.ranks[name].bound == "context" for name in depth):
+                    weights = {name for a in term.accesses() if a != keys[0] for name in a.ranks}
+                    own = {n for n in keys[0].ranks if n not in weights and self.ranks[n].groups not in weights}
                     value_dim += self._fixed(own, place)
-                    heads = self._fixed((name for name in scores if name in einsum.output.ranks), place)
+                    heads = self._fixed((name for name in weights if name in einsum.output.ranks), place)
+                else:
+                    continue
+                kv_heads = max(kv_heads, self._fixed((n for n in keys[0].ranks if n not in own), place))
         assert mask is not None
-        return AttentionShape(round(heads), round(kv_heads), round(head_dim), round(value_dim), mask, parts)
+        return AttentionShape(round(heads), round(kv_heads or heads), round(head_dim), round(value_dim), mask, parts)
 
     def _fixed(self, ranks: Iterable[str], place: Place) -> float:
         return prod(self.extent(name, place) for name in ranks if self.ranks[name].bound is None)

@@ -44,6 +44,20 @@ def test_attention_without_flash_writes_its_scores(llama: Cascade) -> None:
     assert {kernel.family for name, kernel in apart.items() if "attention" in name} == {"attention"}
 
 
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2)])
+def test_attention_taken_apart_keeps_its_heads(any_cascade: Cascade, mesh: Mesh) -> None:
+    """Query heads that share a KV head fill one tile, in the product with the values as in that with the keys."""
+    shapes = {kernel.name: kernel.attention for kernel in any_cascade.kernels(mesh=mesh) if kernel.attention}
+    apart = {kernel.name: kernel.attention for kernel in unfuse(any_cascade).kernels(mesh=mesh) if kernel.attention}
+    for name, whole in shapes.items():
+        scores, softmax, values = (apart[f"{name}.{i}"] for i in (1, 2, 3))
+        assert (scores.heads, scores.kv_heads, scores.head_dim) == (whole.heads, whole.kv_heads, whole.head_dim)
+        assert (values.heads, values.kv_heads, values.value_dim) == (whole.heads, whole.kv_heads, whole.value_dim)
+        assert softmax.heads == whole.heads
+        assert softmax.head_dim == softmax.value_dim == 0
+    assert shapes
+
+
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2), Mesh(tp=2, dp=2), Mesh(tp=2, dp=2, ep=4)])
 def test_fusion_never_adds_bytes_and_never_changes_work(any_cascade: Cascade, mesh: Mesh) -> None:
     fused, apart = any_cascade.kernels(mesh=mesh), unfuse(any_cascade).kernels(mesh=mesh)

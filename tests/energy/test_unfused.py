@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from energylens_vllm.architectures import build, load_config
@@ -23,3 +25,15 @@ def test_scores_of_attention_taken_apart_reach_memory(new: int, computed: int) -
     more = apart.components["activations"] - whole.components["activations"]
     assert more == pytest.approx(scores_j, rel=0.35)  # at the power limit the die's share of a byte costs less
     assert apart.time_s > whole.time_s
+
+
+OLMOE = Path(__file__).parents[2] / "examples" / "olmoe-1b-7b.yaml"
+
+
+@pytest.mark.parametrize("network", ["llama-3.1-8b", str(OLMOE)])
+def test_no_arithmetic_is_saved_by_taking_apart(network: str) -> None:
+    """Decodes compute their tiles' empty rows in either; a small batch, so that no power limit slows down the clock."""
+    fused = EnergyModel(network, Deployment()).cascade
+    whole, apart = (EnergyModel(each, Deployment()).step([(1, 1000)] * 4) for each in (fused, unfuse(fused)))
+    assert apart.components["attention"] == pytest.approx(whole.components["attention"])
+    assert apart.energy_j > whole.energy_j
