@@ -296,7 +296,8 @@ class _Walk:
             for tensor in tensors:
                 _, einsum = self.made[tensor]
                 access = einsum.output
-                amount = self.counter.amount(einsum, access.ranks, exchange.payload)
+                # Routing goes to every rank whole: a gather knows no experts (vLLM, all2all.py `AgRsAll2AllManager`).
+                amount = self.counter.amount(einsum, access.ranks, exchange.payload, remote=True)
                 message.add(amount, self.counter.width(access))
             self.out.append(_collective(self._name(tensors[0], exchange), exchange.shape, message.terms()))
         for tensor in tensors:

@@ -92,6 +92,9 @@ def test_messages(qwen3_moe: Cascade) -> None:
     assert message(Mesh(tp=4), "head.lm_head.all_gather") == Terms(sampled=2 * 151936)
     assert message(Mesh(dp=4), "layer.post_norm.all_gather") == Terms(tokens=4 * (d + routing))
     assert message(Mesh(dp=4), "layer.sum.reduce_scatter") == Terms(tokens=4 * d)
+    # Every rank gets the whole choice of all tokens, also where it holds a fourth of the experts.
+    assert message(Mesh(dp=4, ep=4), "layer.post_norm.all_gather") == Terms(tokens=4 * (d + routing))
+    assert message(Mesh(tp=2, dp=2, ep=4), "layer.post_norm.all_gather") == Terms(tokens=2 * (d + routing))
     assert message(Mesh(tp=2, dp=2, ep=4), "layer.sum.reduce_scatter") == Terms(tokens=2 * d)
     assert message(Mesh(tp=2, dp=2, ep=4), "layer.sum.all_gather") == Terms(tokens=d)
     # A token goes to a GPU only if one of its 8 experts is among that GPU's 32 of 128.
