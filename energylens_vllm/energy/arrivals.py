@@ -166,8 +166,7 @@ class _Engine:
 
     def __init__(self, model: EnergyModel, trace: Trace) -> None:
         self.model, self.trace = model, trace
-        hidden = model.deployment.async_scheduling
-        self.ahead = model.profile.async_scheduling if hidden is None else hidden
+        self.ahead = model.async_scheduling
         self.left_prompt = (trace.prompt_tokens - trace.cached_tokens).astype(np.int64)
         self.left_output = trace.output_tokens.astype(np.int64)
         self.computed = trace.cached_tokens.astype(np.int64)

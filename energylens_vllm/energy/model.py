@@ -148,11 +148,11 @@ class EnergyModel:
             form,
             deployment.capture_sizes,
             deployment.power_limit_w,
-            deployment.async_scheduling,
+            self.async_scheduling,
             element.kv_cache,
             self._loads,
             self._exchange,
-            mesh.pcp,
+            mesh,
         )
         #: GPUs of each unlike stage, of shape (S, 1)
         self._gpus = deployment.gpus_per_stage * np.array(list(unlike.values()), dtype=np.float64)[:, None]
@@ -263,6 +263,12 @@ class EnergyModel:
         deployment = replace(self.deployment, quantization=self.quantization)
         other = EnergyModel(self.cascade, deployment, self.profile, self._overlap, counts)
         return other.with_factors(self.factors)
+
+    @property
+    def async_scheduling(self) -> bool:
+        """Whether vLLM schedules a step while the one before runs: as the deployment says, or its release by default."""
+        given = self.deployment.async_scheduling
+        return self.profile.async_scheduling if given is None else given
 
     @property
     def expert_imbalance(self) -> float:

@@ -221,10 +221,8 @@ class _Draws:
         chosen = (few.cumsum(axis=0) < random.random(count) * few.sum(axis=0)).sum(axis=0)
         under_way = few[np.minimum(chosen, 3), np.arange(count)]
         came = random.random(count)  # of the step under way, the part before the arrival
-        hidden = model.deployment.async_scheduling
-        ahead = model.profile.async_scheduling if hidden is None else hidden
         # With asynchronous scheduling the next step is scheduled already, with what came during the one before.
-        next_s = usual() * ahead
+        next_s = usual() * model.async_scheduling
         line = np.maximum(self.held - most + 1, 0)
         line_s = np.where(line > 0, random.gamma(np.maximum(line, 1)) / rank.speed.completions_per_s[-1], 0.0)
         line_s *= (1 + variation) / 2

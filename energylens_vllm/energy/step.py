@@ -14,7 +14,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from energylens_vllm.einsum.kernel import Kernel, Mask, Phase, Terms
+from energylens_vllm.einsum.kernel import Kernel, Mask, Mesh, Phase, Terms
 from energylens_vllm.energy import kernel_time
 from energylens_vllm.energy.batch import Array, Attention, Integers, Steps
 from energylens_vllm.energy.factors import Factors
@@ -109,8 +109,8 @@ class GpuStep:
     `Steps.attention` must have.
 
     `loads` gives the experts' loads of a kernel for a number of tokens (needed with expert kernels), `collective` the
-    cost of a collective kernel for message sizes (needed with collectives). Of each step the GPU has one of
-    `token_parts` (prefill context parallelism).
+    cost of a collective kernel for message sizes (needed with collectives). `mesh` says what kernels do not: of each
+    step the GPU has one of pcp parts, and which hosts work for an engine.
     """
 
     def __init__(
@@ -121,14 +121,15 @@ class GpuStep:
         form: Format | None,
         capture_sizes: Sequence[int],
         power_limit_w: float | None = None,
-        async_scheduling: bool | None = None,
+        async_scheduling: bool = True,
         kv_cache_bytes: float = 2.0,
         loads: Callable[[Kernel, Array], RankLoads] | None = None,
         collective: Callable[[Kernel, Array], Exchanged] | None = None,
-        token_parts: int = 1,
+        mesh: Mesh | None = None,
     ) -> None:
         self.profile, self.form, self.loads, self.collective = profile, form, loads, collective
-        self.masks, self.stages, self.token_parts = tuple(masks), len(stages), token_parts
+        self.masks, self.stages, mesh = tuple(masks), len(stages), mesh or Mesh()
+        self.token_parts = mesh.pcp
         self.decode_kernel = "attention.decode" if kv_cache_bytes > 1 else "attention.decode_fp8"
         self.capture_sizes = np.array(sorted(capture_sizes), dtype=np.float64)
         launches: dict[Kernel, list[int]] = {}
@@ -168,12 +169,11 @@ class GpuStep:
             none,
         )
         #: whether each GPU's worker is a process of its own, as the executors for several GPUs have it
-        self.worker_processes = any(
-            k.collective is not None and k.collective.axis in ("tp", "pcp", "pp") for k in counts
-        )
+        self.worker_processes = mesh.tp * mesh.pcp * mesh.pp > 1
+        #: what workers of pipeline stages take for messages to each other, be the stages alike or not
+        self.messages_s = profile["host.pipeline_s"] if mesh.pp > 1 else 0.0
         #: host work between steps, for each step and for each of its requests
-        hidden = profile.async_scheduling if async_scheduling is None else async_scheduling
-        hidden &= not (profile.eager_contexts and self.beside_attention["all"])
+        hidden = async_scheduling and not (profile.eager_contexts and self.beside_attention["all"])
         self.serial_s = (0.0, 0.0) if hidden else (profile["host.serial_s"], profile["host.serial_request_s"])
         self.power = Power(
             static_w=profile["power.static_w"],
@@ -294,9 +294,7 @@ class GpuStep:
         if not self.worker_processes:
             return np.asarray(requests_s + launches_s)
         engine_s = p["host.engine_share"] * requests_s
-        worker_s = requests_s - engine_s + launches_s
-        if self.stages > 1:
-            worker_s = worker_s + p["host.pipeline_s"]
+        worker_s = requests_s - engine_s + launches_s + self.messages_s
         return np.asarray(np.maximum(engine_s, worker_s))
 
     # -- groups of kernels ----------------------------------------------------------------------------------------

@@ -151,6 +151,4 @@ def _until_scheduled_s(engine: Engine, full: Steady) -> Array:
     """How long a request waits that arrives at random while others run: half of the step under way, and with
     asynchronous scheduling the next step, which is scheduled already."""
     step_s = full.tpot_s / engine.deployment.pipeline_parallel_size
-    wanted = engine.deployment.async_scheduling
-    ahead = engine.model.profile.async_scheduling if wanted is None else wanted
-    return (1.5 if ahead else 0.5) * step_s
+    return (1.5 if engine.model.async_scheduling else 0.5) * step_s

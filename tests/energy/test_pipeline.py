@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from energylens_vllm.einsum import block, build_cascade
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Array, Steps, steps_from_arrays, steps_from_requests
 from energylens_vllm.energy.model import BLOCK_STEPS
@@ -64,21 +65,22 @@ def random_steps(model: EnergyModel, count: int) -> Steps:
 
 
 def alone(model: EnergyModel, steps: Steps, overlap: Overlap | DualBatch | None) -> list[Evaluated]:
-    """A GPU of each stage, which knows the kernels of that stage alone, beside one that has nothing to do."""
+    """A GPU of each stage, which knows the kernels of that stage alone."""
     deployment = model.deployment
     return [
         model._gpu_step(
             overlap,
-            [[kernel for kernel in model.kernels if kernel.stage == stage], []],
+            [[kernel for kernel in model.kernels if kernel.stage == stage]],
             model.masks,
             model.profile,
             format_of(model.quantization),
             deployment.capture_sizes,
             deployment.power_limit_w,
-            deployment.async_scheduling,
+            model.async_scheduling,
             widths(deployment.dtype, model.quantization, deployment.kv_cache_dtype).kv_cache,
             model._loads,
             model._exchange,
+            deployment.mesh,
         ).evaluate(steps)
         for stage in range(deployment.pipeline_parallel_size)
     ]
@@ -168,3 +170,21 @@ def test_workers_of_every_stage_are_processes_of_their_own() -> None:
         hosts.append(model.predict(steps_from_requests(requests, model.masks)).host_s[0])
     assert hosts[0] == hosts[1] < hosts[2]
     assert hosts[3] > hosts[0]
+
+
+def test_stages_alike_exchange_as_unlike_ones_do() -> None:
+    """Workers send each other what they have and the sampled tokens, whether or not a network begins and ends."""
+    profile = load_profile("H200-SXM").with_values({"host.engine_share": 0.0}, "workers that set the pace")
+    silent = profile.with_values({"host.pipeline_s": 0.0}, "workers that exchange nothing")
+    layers = build_cascade(
+        "layers",
+        ranks={"t": "tokens", "d": 64, "f": 256},
+        tensors={"quantized": "W", "input": "X"},
+        blocks=[block("layer", {"linear": "Y[t,f] = X[t,d] * W[d,f]"}, count=4)],
+    )
+    for network in (layers, "llama-3.1-8b"):
+        for stages, exchanged_s in ((1, 0.0), (2, profile["host.pipeline_s"])):
+            models = [EnergyModel(network, Deployment(pipeline_parallel_size=stages), of) for of in (profile, silent)]
+            steps = steps_from_requests([(1, 500)] * 64, models[0].masks)
+            host_s, without_s = (float(model.predict(steps).host_s[0]) for model in models)
+            assert host_s - without_s == pytest.approx(exchanged_s)

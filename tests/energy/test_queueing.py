@@ -89,6 +89,17 @@ def test_a_request_alone_takes_its_steps_one_after_the_other(model: EnergyModel)
     assert run.energy_per_request_j == pytest.approx(sum(step.energy_j for step in steps) + idle_j)
 
 
+@pytest.mark.parametrize(
+    ("given", "release", "ahead"),
+    [(None, "0.25.1", True), (None, "0.11.1", False), (True, "0.11.1", True), (False, "0.25.1", False)],
+)
+def test_steps_are_scheduled_ahead_where_a_deployment_or_else_its_release_says_so(
+    given: bool | None, release: str, ahead: bool
+) -> None:
+    deployment = Deployment(gpu="H200-SXM", async_scheduling=given, vllm_release=release)
+    assert EnergyModel("llama-3.1-8b", deployment).async_scheduling is ahead
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_steps_planned_together_are_those_planned_one_by_one(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = Deployment(
