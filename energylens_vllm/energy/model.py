@@ -266,7 +266,7 @@ class EnergyModel:
 
     @property
     def async_scheduling(self) -> bool:
-        """Whether vLLM schedules a step while the one before runs: as the deployment says, or its release by default."""
+        """Whether vLLM schedules a step while the one before runs: as the deployment says, else as its release does."""
         given = self.deployment.async_scheduling
         return self.profile.async_scheduling if given is None else given
 

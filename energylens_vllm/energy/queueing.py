@@ -32,8 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from energylens_vllm.energy.batch import Array, steps_of_mixtures
-from energylens_vllm.energy.serving import Lengths, hits, mixtures, samples
-from energylens_vllm.energy.station import Speed, arrivals, interpolated, log_weights, station
+from energylens_vllm.energy.serving import Lengths, hits, samples, speed, steady
+from energylens_vllm.energy.station import Speed, arrivals, interpolated, log_weights
 from energylens_vllm.errors import EnergyLensError
 
 if TYPE_CHECKING:
@@ -131,19 +131,11 @@ class _Rank:
         limit, stages = model.deployment.max_num_seqs, model.deployment.pipeline_parallel_size
         most = max(limit, stages)  # of an engine, spread over its stages
         sizes = np.unique(np.geomspace(stages, most, GRID).round())
-        budget = np.full(len(sizes), model.deployment.max_num_batched_tokens, dtype=np.float64)
-        steps = mixtures(model, sizes / stages, budget, lengths)
-        time_s, step_s = steps.predicted.time_s, steps.between_ends_s(stages)
-        alone_s = steps.mean(time_s)
-        completed = steps.rate / step_s
-        bubble_j = (step_s - alone_s) * model.idle_power_w / model.deployment.data_parallel_size
-        power_w = (steps.mean(steps.predicted.energy_j) + bubble_j) / step_s
-        variance = steps.mean(time_s**2) - alone_s**2
-        idle_w = model.idle_power_w / model.deployment.data_parallel_size
-        token_s = stages * step_s
-        pass_share = float(steps.mean(steps.predicted.gpu_s)[0] / step_s[0])
+        full = steady(model, sizes, model.deployment.max_num_batched_tokens, lengths)
+        steps, time_s = full.steps, full.steps.predicted.time_s
+        variance = steps.mean(time_s**2) - steps.mean(time_s) ** 2
         return cls(
-            speed=station(sizes, completed, power_w, token_s, token_s, idle_w, pass_share),
+            speed=speed(model, sizes, full, lengths.output),
             step_variance=stages * interpolated(most, sizes, np.maximum(variance, 1e-18)),
             sizes=sizes,
             decode_s=stages * time_s[steps.starting == 0],

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from energylens_vllm.energy.batch import Array, Integers, steps_of_mixtures
 from energylens_vllm.energy.pipeline import longest, partly
 from energylens_vllm.energy.speculative import Speculation, drafting
+from energylens_vllm.energy.station import Speed, station
 from energylens_vllm.errors import EnergyLensError
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ class Steady:
     bubble_share: Array
     prefill_share: Array  #: of the energy
     components_j: dict[str, Array]  #: joules an output token, by what they are spent on; drafts' are not in it
+    steps: Mixtures  #: that it is the mean of
 
 
 def steady(
@@ -292,6 +294,21 @@ def steady(
             for name, joules in predicted.components.items()
             if joules.any()
         },
+        steps=steps,
+    )
+
+
+def speed(model: EnergyModel, sizes: Array, full: Steady, output_tokens: float) -> Speed:
+    """One data-parallel rank at 1 .. sizes[-1] requests, from closed queues of `sizes` requests (see `station`)."""
+    ranks = model.deployment.data_parallel_size
+    return station(
+        sizes,
+        full.tokens_per_s / (ranks * output_tokens),
+        full.power_w / ranks,
+        full.tpot_s,
+        full.ttft_s,
+        model.idle_power_w / ranks,
+        float(full.pass_share[0]),
     )
 
 

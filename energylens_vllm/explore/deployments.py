@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from energylens_vllm.energy import serving
 from energylens_vllm.energy.batch import Array, Integers
-from energylens_vllm.energy.station import Speed, arrivals, interpolated, station
+from energylens_vllm.energy.station import Speed, arrivals, interpolated
 from energylens_vllm.explore.engine import Engine
 from energylens_vllm.explore.space import MAX_NUM_SEQS, Load
 from energylens_vllm.explore.steady import Steady, steady
@@ -131,18 +132,9 @@ def _at_rate(
 
 def speed(engine: Engine, sizes: Integers, full: Steady, output_tokens: float) -> Speed:
     """One data-parallel rank at 1 .. sizes[-1] requests, from closed queues of `sizes` requests (see `station`)."""
-    ranks = engine.deployment.data_parallel_size
     known, most = sizes.astype(np.float64), int(sizes[-1])
     until_s = interpolated(most, known, _until_scheduled_s(engine, full))
-    found = station(
-        known,
-        full.tokens_per_s / (ranks * output_tokens),
-        full.power_w / ranks,
-        full.tpot_s,
-        full.ttft_s,
-        engine.model.idle_power_w / ranks,
-        float(full.pass_share[0]),
-    )
+    found = serving.speed(engine.model, known, full, output_tokens)
     # Who comes alone does not wait.
     return replace(found, ttft_s=found.ttft_s + np.where(np.arange(most) > 0, until_s, 0.0))
 
