@@ -609,18 +609,18 @@ def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProf
 
 def with_kernels_of(start: GpuProfile, other: GpuProfile, operations: pathlib.Path) -> GpuProfile:
     """`start` with what serving runs of vLLM 0.11.1 on another GPU say of its kernels for experts: how fast 8-bit ones
-    are, against the table of that GPU's, and what rows cost that are empty or in 8 bits. Each GPU has one series of
+    are, against the table of that GPU's, and what rows cost that are empty or in 8 bits (as other energies on the die,
+    the same on both). Each GPU has one series of
     8-bit experts and few of others."""
     tables = prior(other.name, operations)
     ratio = other[RELEASE_KERNEL] / tables[RELEASE_KERNEL]
-    share = other["energy.fp8.j_per_flop"] / other["energy.bfloat16.j_per_flop"]
     return start.with_values(
         {
             RELEASE_KERNEL: start[RELEASE_KERNEL] * ratio,
-            "energy.fp8.j_per_flop": start["energy.bfloat16.j_per_flop"] * share,
+            "energy.fp8.j_per_flop": other["energy.fp8.j_per_flop"],
             "experts.padding_energy_share": other["experts.padding_energy_share"],
         },
-        f"as vLLM 0.11.1 had it on the {other.name}, relative to its table and to bf16",
+        f"as vLLM 0.11.1 had it on the {other.name}, kernels relative to its table",
     )
 
 
