@@ -102,19 +102,29 @@ def step_errors(name: str, profile: GpuProfile) -> dict[str, tuple[float, float]
 
 
 def print_collectives() -> None:
-    """Power of collectives among two H100s, measured and predicted. Their times are those of CUDA graphs, which added
-    20 to 45 us to each (docs/calibrate.md), so the share of the time in which they run is that of the shipped times."""
-    rows = [
-        Row(**{name: value for name, value in row.items() if name != "graph"}, host_s=0.0)
-        for row in json.loads((POINTS.parent / "collectives.json").read_text())
-    ]
-    node = Collectives.load("H100-SXM").interconnect
-    fitted = powered(node, rows, "rows")
-    print("\ncollectives of two H100s, 4 KiB to 256 MiB: power of a GPU off")
-    for what, each in (("shipped", node), ("calibrated", fitted)):
-        error = float(np.mean(np.abs(np.expm1(power_errors(each, rows)))))
-        driving, byte = each["communication_power_w"], each["energy_per_link_byte_j"]
-        print(f"{what:12s} {error:6.1%} of {len(rows)} rows, with {driving:.0f} W and {byte:.2g} J/B")
+    """Power of a GPU in collectives among two, measured and predicted. The H100s' were repeated in CUDA graphs, which
+    added 20 to 45 us to each (docs/calibrate.md): the share of the time in which they run is that of the shipped times.
+    """
+    for gpu, folder in (("H200-SXM", "calibrate_h200_pair"), ("H100-SXM", "calibrate_h100")):
+        stored = json.loads((HERE / "results" / folder / "collectives.json").read_text())
+        rows = [Row(**{"host_s": 0.0} | {k: v for k, v in row.items() if k != "graph"}) for row in stored]
+        node = Collectives.load(gpu).interconnect
+        errors = [
+            float(np.mean(np.abs(np.expm1(power_errors(each, rows))))) for each in (node, powered(node, rows, ""))
+        ]
+        driving, byte = node["communication_power_w"], node["energy_per_link_byte_j"]
+        print(f"\ncollectives of two {gpu}, {len(rows)} rows of 4 KiB to 256 MiB")
+        print(f"power of a GPU off: {errors[0]:.1%} with the shipped {driving:.0f} W and {byte:.2g} J/B, {errors[1]:.1%} "
+              f"with {own['communication_power_w']:.0f} W and {own['energy_per_link_byte_j']:.2g} J/B")  # fmt: skip
+        if gpu == "H200-SXM":
+            print("time of a launch, predicted over measured, where the host does not bound it:")
+            for op in dict.fromkeys(row.op for row in rows):
+                ratios = [
+                    float(Collectives.load(gpu).time_s(op, float(row.bytes), 2, "nccl").time_s) / row.time_s
+                    for row in rows
+                    if row.op == op and not row.bound_by_host
+                ]
+                print(f"{op:16s} {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
 
 
 def main() -> None:

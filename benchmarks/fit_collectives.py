@@ -399,7 +399,7 @@ def energy(h200: dict) -> dict[str, dict[str, dict]]:
         if gpu == "H200-SXM":
             std, of = (power.std, byte.std), source
         elif gpu == "H100-SXM":
-            std, of = (0.15, 0.15), f"{source}; two H100s agree (benchmarks/calibrate_check.py)"
+            std, of = (0.25, 0.25), f"{source}; for two H100s see benchmarks/calibrate_check.py"
         else:
             std, of = (0.4, 0.4 if gpu != "L40S" else 0.6), f"not measured on this GPU: {source}"
         scaled = "" if board_w == BOARD_W["H200-SXM"] else ", by the board's power"

@@ -610,8 +610,7 @@ def start_from(known: GpuProfile, gpu: str, operations: pathlib.Path) -> GpuProf
 def with_kernels_of(start: GpuProfile, other: GpuProfile, operations: pathlib.Path) -> GpuProfile:
     """`start` with what serving runs of vLLM 0.11.1 on another GPU say of its kernels for experts: how fast 8-bit ones
     are, against the table of that GPU's, and what rows cost that are empty or in 8 bits (as other energies on the die,
-    the same on both). Each GPU has one series of
-    8-bit experts and few of others."""
+    the same on both). Each GPU has one series of 8-bit experts and few of others."""
     tables = prior(other.name, operations)
     ratio = other[RELEASE_KERNEL] / tables[RELEASE_KERNEL]
     return start.with_values(

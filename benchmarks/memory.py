@@ -3,8 +3,9 @@
     python benchmarks/memory.py
 
 Recorded: engines of vLLM 0.25.1 on an H100 (benchmarks/results/serve_h100), started with 0.92 of its memory as
-benchmarks/in_process.py says. Published: start-up logs of others, with defaults where they say nothing; the one of
-Qwen3-235B-A22B had a KV connector loaded, which takes memory of its own.
+benchmarks/in_process.py says. Published: start-up logs of others, with the release's defaults where they say nothing.
+That of Qwen3-235B-A22B (vllm-project/vllm#21348, July 2025) had a KV connector loaded; those of release 0.11 or soon
+after are llm-d-benchmark's (config_explorer/empirical-vllm-memory-results.md), which do not say which release it was.
 """
 
 from __future__ import annotations
@@ -49,12 +50,29 @@ def recorded() -> Iterator[Start]:
         yield Start(run["title"], "recorded", run["kv_tokens"] * token_bytes, room)
 
 
+#: Model, quantization, GPU, how many, release, sequences and tokens of a step, utilization, GiB found for the cache.
+LOGS = (
+    ("llama-2-7b", None, "H100-SXM", 1, "0.8", 256, 8192, 0.9, 56.18),
+    ("qwen3-235b-a22b-fp8", None, "H100-SXM", 4, "0.9", 1024, 8192, 0.9, 8.11),
+    ("qwen3-0.6b", None, "H100-SXM", 1, "0.11", 1024, 8192, 0.9, 64.45),
+    ("llama-3.1-8b", None, "H100-SXM", 1, "0.11", 1024, 8192, 0.9, 51.38),
+    ("gpt-oss-20b", None, "H100-SXM", 1, "0.11", 1024, 8192, 0.9, 50.28),
+    ("qwen3-32b", None, "H100-SXM", 1, "0.11", 1024, 8192, 0.9, 4.45),
+    ("llama-3.3-70b", "fp8", "H100-SXM", 2, "0.11", 1024, 8192, 0.9, 32.0),
+    ("llama-3.1-8b", None, "A100-SXM-80GB", 1, "0.31", 256, 2048, 0.92, 56.21),
+)
+
+
 def published() -> Iterator[Start]:
-    """Whose logs say GiB for the cache: 56.18 and 8.1."""
-    for name, gpus, sequences, found_gib in (("llama-2-7b", 1, 256, 56.18), ("qwen3-235b-a22b-fp8", 4, 1024, 8.1)):
-        memory = Memory.of(EnergyModel(name, Deployment(gpu="H100-SXM", tensor_parallel_size=gpus)), 0.9)
-        room = min(float(memory.cache_bytes(stage, 8192, sequences)) for stage in memory.stages)
-        yield Start(f"{name} on {gpus} H100", "published", found_gib * GIB, room)
+    for model, quantization, gpu, gpus, release, sequences, tokens, utilization, found_gib in LOGS:
+        deployment = Deployment(
+            gpu=gpu, tensor_parallel_size=gpus, quantization=quantization, vllm_release=release,
+            max_num_seqs=sequences, max_num_batched_tokens=tokens,
+        )  # fmt: skip
+        memory = Memory.of(EnergyModel(model, deployment), utilization)
+        room = min(float(memory.cache_bytes(stage, tokens, sequences)) for stage in memory.stages)
+        name = f"{model}, {quantization}" if quantization else model
+        yield Start(f"{name}, {gpus} x {gpu}, vLLM {release}", "published", found_gib * GIB, room)
 
 
 def main() -> None:
