@@ -109,13 +109,12 @@ def print_collectives() -> None:
         stored = json.loads((HERE / "results" / folder / "collectives.json").read_text())
         rows = [Row(**{"host_s": 0.0} | {k: v for k, v in row.items() if k != "graph"}) for row in stored]
         node = Collectives.load(gpu).interconnect
-        errors = [
-            float(np.mean(np.abs(np.expm1(power_errors(each, rows))))) for each in (node, powered(node, rows, ""))
-        ]
-        driving, byte = node["communication_power_w"], node["energy_per_link_byte_j"]
-        print(f"\ncollectives of two {gpu}, {len(rows)} rows of 4 KiB to 256 MiB")
-        print(f"power of a GPU off: {errors[0]:.1%} with the shipped {driving:.0f} W and {byte:.2g} J/B, {errors[1]:.1%} "
-              f"with {own['communication_power_w']:.0f} W and {own['energy_per_link_byte_j']:.2g} J/B")  # fmt: skip
+        own = powered(node, rows, "rows")
+        errors = [float(np.mean(np.abs(np.expm1(power_errors(each, rows))))) for each in (node, own)]
+        print(f"\ncollectives of two {gpu}, {len(rows)} rows of 4 KiB to 256 MiB: power of a GPU off")
+        for what, each, error in zip(("shipped", "a fit of its own"), (node, own), errors, strict=True):
+            driving, byte = each["communication_power_w"], each["energy_per_link_byte_j"]
+            print(f"{what:16s} {error:6.1%}, with {driving:.0f} W and {byte:.2g} J/B")
         if gpu == "H200-SXM":
             print("time of a launch, predicted over measured, where the host does not bound it:")
             for op in dict.fromkeys(row.op for row in rows):
