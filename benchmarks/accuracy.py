@@ -36,6 +36,7 @@ from fit_profiles import (
     with_kernels_of,
 )
 
+from energylens_vllm import EnergyModel
 from energylens_vllm.cli.table import percent, table
 from energylens_vllm.energy.batch import Array
 from energylens_vllm.hardware.profile import GpuProfile, load_profile
@@ -105,6 +106,25 @@ def recorded() -> None:
     print("Recorded steps, shipped profiles:\n" + table(headers, rows, left=3) + "\n")
 
 
+def counted_routing() -> None:
+    """Two H200s whose routers like some experts far more: predicted from what the plugin counted, and without."""
+    rows = []
+    for name in ("qwen30b-uneven-tp2", "qwen30b-uneven-ep2"):
+        run, profile = Run("H200-SXM", name), load_profile("H200-SXM")
+        with_counts = run.energy_model(profile)
+        without = replace(run.deployment, expert_routing="uniform")
+        both = [run.windows.predict(each) for each in (with_counts, EnergyModel(with_counts.cascade, without, profile))]
+        measured = run.windows
+        for i, window in enumerate(measured.names):
+            rows.append([name, window] + [
+                percent(value - 1, signed=True)
+                for each in both
+                for value in (each.energy_j[i] / measured.energy_j[i], each.busy_s[i] / measured.busy_s[i])
+            ])  # fmt: skip
+    headers = ["run", "window", "energy, counted", "time", "energy, uniform", "time"]
+    print("Experts unevenly liked, as counted live and as if uniform:\n" + table(headers, rows, left=2) + "\n")
+
+
 def held_out(operations: pathlib.Path) -> dict[str, dict[str, Held]]:
     """Each model predicted from a fit on the recorded steps of the others on the same GPU."""
     found: dict[str, dict[str, Held]] = {}
@@ -167,6 +187,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="file for every held-out error")
     args = parser.parse_args()
     recorded()
+    counted_routing()
     if args.data is None:
         return
     kept: dict[str, dict[str, Held]] = held_out(args.operations)

@@ -50,7 +50,7 @@ class Settings:
     learn_expert_routing: bool = setting(
         False,
         "Whether workers count how tokens choose experts, for predictions to follow: docs/plugin.md. Off by default: "
-        "it adds a copy to each layer of experts, and has been tried on CPUs only.",
+        "it adds a copy to each layer of experts.",
     )
     report_interval_s: float = setting(
         5.0,
