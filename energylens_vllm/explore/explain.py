@@ -85,6 +85,8 @@ def _choice(
     elif len(best) > 1:
         following = found.engines[table.engine[best[1]]].title
         why.append(_loses(f"The next best, {following},", found, best[1], index, parts, "this"))
+    if (limit_w := engine.deployment.power_limit_w) is not None:
+        why.append(f"Its GPUs are limited to {limit_w:g} W, which vLLM does not set: nvidia-smi -pl {limit_w:g}.")
     return Choice(
         index=index,
         title=engine.title,
@@ -150,12 +152,14 @@ def command(found: Exploration, index: int, served: str, quantized: bool = False
 
 
 def _bound(found: Exploration, index: int) -> str:
-    """What keeps the batch from being larger, or how the rate fills it."""
+    """What keeps the batch from being larger, or how the rate fills it. Limits are those of a data-parallel rank."""
     table, load = found.deployments, found.load
     limit = int(table.max_num_seqs[index])
+    ranks = found.engines[table.engine[index]].deployment.data_parallel_size
+    each = f" in each of {ranks} data-parallel ranks" if ranks > 1 else ""
     if load.rate_per_s is not None:
         running, replicas = float(table.running[index]), int(table.replicas[index])
-        text = f"{load.rate_per_s:g} requests a second keep {running:.3g} of {limit} places busy"
+        text = f"{load.rate_per_s:g} requests a second keep {running:.3g} of {limit} places busy{each}"
         text += f" on each of {replicas} replicas" if replicas > 1 else ""
         if (waiting := float(table.waiting_share[index])) > 0.001:
             text += f"; {waiting:.1%} of requests wait in line"
@@ -170,14 +174,14 @@ def _bound(found: Exploration, index: int) -> str:
     )
     if not len(larger):
         if limit >= max(found.space.max_num_seqs):
-            return f"The batch of {limit} is the largest that was tried."
-        return f"Memory bounds it: the KV cache holds no more than {limit} requests."
+            return f"The batch of {limit}{each} is the largest that was tried."
+        return f"Memory bounds it: the KV cache holds no more than {limit} requests{each}."
     after = int(larger[np.argmin(table.max_num_seqs[larger])])
-    size = int(table.max_num_seqs[after])
+    more = f"{int(table.max_num_seqs[after])} requests at a time{each}"
     for bound, values, what in ((load.tpot_s, table.tpot_s, "token"), (load.ttft_s, table.ttft_s, "first token")):
         if bound is not None and values[after] > bound:
-            return f"Time per {what} bounds it: {size} requests at a time would take {values[after] * 1e3:.3g} ms."
-    return f"A batch of {limit} takes least: {size} requests at a time would take more energy a token."
+            return f"Time per {what} bounds it: {more} would take {values[after] * 1e3:.3g} ms."
+    return f"A batch of {limit}{each} takes least: {more} would take more energy a token."
 
 
 def _spent(parts: Mapping[str, float], total: float) -> str:
@@ -198,10 +202,15 @@ def _loses(
     excess = excess_j / float(table.token_j[to])
     if excess < 0.0005:
         return f"{subject} takes as much as {other}."
-    text = f"{subject} takes {excess:.1%} more than {other}: {more[up] * 1e3:+.3g} mJ a token for {_named(up)}"
+    text = f"{subject} takes {excess:.1%} more than {other}: {_difference(more[up])} a token for {_named(up)}"
     if more[down] < -0.2 * excess_j:
-        text += f", {more[down] * 1e3:+.3g} mJ for {_named(down)}"
+        text += f", {_difference(more[down])} for {_named(down)}"
     return text + "."
+
+
+def _difference(joules: float) -> str:
+    """With its sign, and the unit that needs no powers of ten."""
+    return f"{joules:+.3g} J" if abs(joules) >= 0.9995 else f"{joules * 1e3:+.3g} mJ"
 
 
 _NAMES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from energylens_vllm import EnergyLensError, EnergyModel
 from energylens_vllm.explore import Exploration, Load, Space, explore
-from energylens_vllm.explore.explain import command, measured_releases, row
+from energylens_vllm.explore.explain import choices, command, measured_releases, row
 from energylens_vllm.explore.space import VLLM_RELEASE, engines
 
 LOAD = Load(1000, 300, ttft_s=1.0, tpot_s=0.05)
@@ -432,3 +433,30 @@ def test_loads_that_nothing_carries(given: dict[str, float], message: str) -> No
     with pytest.raises(EnergyLensError) as error:
         explore("llama-3.1-70b", Load(**{"prompt_tokens": 1000, "output_tokens": 300, **given}), H100)  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+def test_a_power_limit_is_for_the_driver_to_set() -> None:
+    found = explore("llama-3.1-8b", LOAD, Space(gpus=("H100-SXM",), max_gpus=1, power_limit_w=(500.0,)))
+    for choice in choices(found, "m", 2):
+        assert choice.deployment.power_limit_w == 500
+        assert choice.why.endswith("Its GPUs are limited to 500 W, which vLLM does not set: nvidia-smi -pl 500.")
+    unlimited = explore("llama-3.1-8b", LOAD, Space(gpus=("H100-SXM",), max_gpus=1))
+    assert "nvidia-smi" not in choices(unlimited, "m", 1)[0].why
+
+
+@pytest.mark.parametrize("rate", [None, 5.0])
+def test_places_are_those_of_a_data_parallel_rank(rate: float | None) -> None:
+    space = Space(gpus=("H100-SXM",), max_gpus=2, exactly=True, data_parallel_size=(2,), enable_expert_parallel=True)
+    (choice,) = choices(explore("qwen3-30b-a3b", replace(LOAD, rate_per_s=rate), space), "m", 1)
+    assert choice.deployment.data_parallel_size == 2
+    assert " in each of 2 data-parallel ranks" in choice.why.split(". ")[0]
+
+
+def test_large_differences_are_joules() -> None:
+    space = Space(
+        gpus=("H200-SXM",), exactly=True, tensor_parallel_size=(8,), pipeline_parallel_size=(1,),
+        data_parallel_size=(1,), kv_cache_dtype=("auto",), enable_expert_parallel=False,
+    )  # fmt: skip
+    best, second = choices(explore("deepseek-v3", Load(30_000, 1000, tpot_s=0.1), space), "m", 2)
+    for choice in (best, second):
+        assert re.search(r": \+[1-9](\.\d+)? J a token for the KV cache\.$", choice.why)
