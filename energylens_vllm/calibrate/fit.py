@@ -44,14 +44,15 @@ def fit(
     free: Mapping[str, float],
     residuals: Callable[[GpuProfile], Array],
     source: str,
-    near: GpuProfile | None = None,
+    near: Sequence[GpuProfile] = (),
 ) -> GpuProfile:
     """The profile with the coefficients `free` fitted, each with a relative standard deviation of its prior, which is
     its value in `profile`.
 
     `residuals` gives relative errors (log(predicted / measured)) of any shape (N,). A coefficient's new `std` is what
-    the fit leaves of it: from the curvature at the optimum and the scatter of the residuals. `near`: where the search
-    starts, which saves most of its steps where the optimum of like measurements is known. Needs scipy.
+    the fit leaves of it: from the curvature at the optimum and the scatter of the residuals. `near`: where searches
+    start, of which the best one counts; `profile` if there are none. The optimum of like measurements saves most of the
+    steps. Needs scipy.
     """
     from scipy.optimize import least_squares
 
@@ -70,11 +71,14 @@ def fit(
         steps = SLOPE_STEP * np.eye(len(names))
         return np.stack([(errors(x + step) - here) / SLOPE_STEP for step in steps], axis=1)
 
-    begin = np.zeros(len(names)) if near is None else (np.log([near[name] for name in names]) - start) / spread
-    found = least_squares(
-        errors, begin, jac=slopes, loss="soft_l1", f_scale=ROBUST_SCALE, ftol=1e-3, xtol=1e-3,
-        max_nfev=20,
-    )  # fmt: skip
+    searches = [
+        least_squares(
+            errors, (np.log([each[name] for name in names]) - start) / spread, jac=slopes, loss="soft_l1",
+            f_scale=ROBUST_SCALE, ftol=1e-3, xtol=1e-3, max_nfev=20,
+        )
+        for each in near or (profile,)
+    ]  # fmt: skip
+    found = min(searches, key=lambda search: search.cost)
     scatter = max(2 * found.cost / max(len(found.fun) - len(names), 1), 1e-12)
     covariance = scatter * np.linalg.pinv(found.jac.T @ found.jac)
     left = np.sqrt(np.diag(covariance)) * spread
