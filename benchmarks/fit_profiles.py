@@ -436,8 +436,8 @@ def row_errors(rows: Sequence[Row], profile: GpuProfile) -> tuple[Array, Array]:
 
 
 def fit_serving(profile: GpuProfile, rows: Sequence[Row], near: GpuProfile | None = None) -> GpuProfile:
-    """Fit steady serving runs. Whole tiles make an optimum on either side of the prior of 8-bit experts, so a search also
-    starts from slower ones."""
+    """Fit steady serving runs. Whole tiles make more than one optimum of 8-bit experts, so a search also starts from
+    slower ones."""
     begin = near or profile
     slower = begin.with_values(
         {RELEASE_KERNEL: begin[RELEASE_KERNEL] * np.exp(-MLENERGY_FREE[RELEASE_KERNEL])}, "search"

@@ -26,7 +26,7 @@ def test_a_fit_finds_what_measurements_say() -> None:
     fitted = fit(known, free, residuals, "a test")
     assert fitted[BYTE] == pytest.approx(truth[BYTE], rel=1e-3)
     assert fitted[FLOP] == pytest.approx(truth[FLOP], rel=1e-3)
-    again = fit(known, free, residuals, "a test", near=truth)
+    again = fit(known, free, residuals, "a test", near=[truth])
     assert again[BYTE] == pytest.approx(truth[BYTE], rel=1e-3)
 
 
