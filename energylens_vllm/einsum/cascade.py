@@ -136,6 +136,11 @@ class Cascade:
                         return name
         return None
 
+    @cached_property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return sum(block.count or 1 for block in self.blocks if self.expert_rank(block) is not None)
+
     def parameters(self) -> int:
         """Elements of all weights of the whole model, tied ones once."""
         return self._parameters(lambda rank: rank.size or 1)

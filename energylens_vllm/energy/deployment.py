@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from energylens_vllm.einsum.kernel import Mesh
 from energylens_vllm.energy.expert_exchange import ALL2ALL_BACKENDS
 from energylens_vllm.energy.precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from energylens_vllm.errors import EnergyLensError, unknown
+from energylens_vllm.hardware.profile import load_profile
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 #: How partial outputs of attention are put together: gathering their log-sum-exps, or exchanging all at once.
@@ -31,6 +33,7 @@ class Deployment:
     """Where and how a model is served. Field names and defaults are vLLM's wherever vLLM has one.
 
     `gpu` is a profile's name ("H200-SXM") or the path of a profile's JSON. `power_limit_w` None means the profile's;
+    less, down to what the GPU draws without work, is for `nvidia-smi -pl` to set.
     `vllm_release` ("0.25.1") None means the one that the profile was measured with, and `async_scheduling` None what is
     that release's default. `expert_routing`: how tokens spread over experts, see `Routing.parse`;
     `enable_eplb`, with `num_redundant_experts` copies (of vLLM's `--eplb-config`), places experts by their load.
@@ -79,8 +82,7 @@ class Deployment:
             raise unknown("quantization", self.quantization, QUANTIZATIONS)
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise unknown("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        if self.power_limit_w is not None and not self.power_limit_w > 0:
-            raise EnergyLensError(f"power_limit_w: {self.power_limit_w!r} is not a positive number of watts")
+        self._check_power_limit()
         if self.vllm_release is not None and not re.match(r"\d+\.\d+", self.vllm_release):
             raise EnergyLensError(f"vllm_release: {self.vllm_release!r} is not a release such as '0.25.1'")
         copies = self.num_redundant_experts
@@ -102,6 +104,18 @@ class Deployment:
             if any(not isinstance(size, int) or size < 1 for size in sizes):
                 raise EnergyLensError(f"cudagraph_capture_sizes: {sizes!r} is not a list of positive integers")
             object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(sizes)))
+
+    def _check_power_limit(self) -> None:
+        """Refuse what no driver sets: more than the GPU's own limit, or less than it draws without work."""
+        if self.power_limit_w is None:
+            return
+        profile = load_profile(self.gpu)
+        least_w, most_w = math.ceil(profile["power.static_w"]), profile["power.limit_w"]
+        if not least_w <= self.power_limit_w <= most_w:
+            raise EnergyLensError(
+                f"power_limit_w: {self.power_limit_w!r} W is not what {profile.name} can be limited to; accepted: "
+                f"{least_w} (what it draws without work) to {most_w:g}"
+            )
 
     def _check_context_parallelism(self) -> None:
         """Refuse what vLLM refuses whatever the model (vllm/config/parallel.py and vllm.py), and what is not modelled:
@@ -130,6 +144,15 @@ class Deployment:
                 f"all2all_backend: {self.all2all_backend!r} is not modelled with prefill_context_parallel_size "
                 f"{prefill}; accepted: allgather_reducescatter"
             )
+
+    def check_experts(self, network: str) -> None:
+        """Raise EnergyLensError for what changes nothing in a network without experts, of that name."""
+        for name in ("expert_routing", "enable_eplb", "all2all_backend", "enable_dbo"):
+            value, default = getattr(self, name), getattr(Deployment, name)
+            if value != default:
+                raise EnergyLensError(
+                    f"{name}: {value!r} is for networks with experts, and {network} has none; accepted: {default!r}"
+                )
 
     @property
     def num_gpus(self) -> int:

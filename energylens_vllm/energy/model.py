@@ -116,6 +116,8 @@ class EnergyModel:
         self._overlap, self._expert_counts = overlap, expert_counts
         self._counted: dict[tuple[ExpertShape, str], LoadTable] = {}  #: tables of `expert_counts`
         self.cascade, quantization = _cascade(config, deployment)
+        if not self.cascade.expert_layers:
+            deployment.check_experts(self.cascade.name)
         self.quantization = quantization
         self.profile = profile or load_profile(deployment.gpu)
         if deployment.vllm_release is not None:
@@ -338,7 +340,9 @@ class EnergyModel:
         form = kernel_format(format_of(self.quantization), kernel)
         small_tiles = self.profile.small_expert_tiles
         if self._expert_counts is None:
-            table = _load_table(shape, form, small_tiles, self.deployment.expert_routing, self._copies)
+            table = _load_table(
+                shape, form, small_tiles, self.deployment.expert_routing, self._copies, self.cascade.expert_layers
+            )
         elif (shape, form) in self._counted:
             table = self._counted[shape, form]
         else:
@@ -353,8 +357,9 @@ class EnergyModel:
         """How tokens choose experts, and redundant experts (see `placement`)."""
         experts, counts = shape.total - (self._copies or 0), self._expert_counts
         if counts is None:
-            return Routing.parse(self.deployment.expert_routing, experts, shape.selected), self._copies
-        return Routing.counted(counts, experts, shape.selected), self._copies
+            spec = self.deployment.expert_routing
+            return Routing.parse(spec, experts, shape.selected, self.cascade.expert_layers), self._copies
+        return Routing.counted(counts, experts, shape.selected, self.cascade.expert_layers), self._copies
 
     def _gpu_step(self, overlap: Overlap | DualBatch | None, *arguments: Any) -> GpuStep:
         if overlap is None:
@@ -392,8 +397,10 @@ def _arrays(predictions: Predictions) -> Iterator[Array]:
 
 
 @cache
-def _load_table(shape: ExpertShape, form: str, small_tiles: bool, routing: str, copies: int | None) -> LoadTable:
-    chances = Routing.parse(routing, shape.total - (copies or 0), shape.selected)
+def _load_table(
+    shape: ExpertShape, form: str, small_tiles: bool, routing: str, copies: int | None, layers: int
+) -> LoadTable:
+    chances = Routing.parse(routing, shape.total - (copies or 0), shape.selected, layers)
     return _table(shape, form, small_tiles, chances, copies)
 
 

@@ -12,7 +12,7 @@ part i is sent while part i + 1 is computed. Two ways:
 c is on the SMs that are left, k fewer, at the rows of a stage: small parts fill tiles badly, and each reads all weights
 again, in time as in joules. m is bound by  bytes sent / (k x one SM's rate on the links). Joules of communication:
 the SMs that drive it, for as long as they do, and the same bytes as ever. Static power follows the time. So more SMs
-send faster, compute slower and burn more; which number is best is for `fronts` of several to say.
+send faster, compute slower and burn more; which number is best, predictions with several of them say.
 
 a stages of both are exposed, not one: a collective is ready when the next stage's GEMM is, finds no SMs or too few
 while that runs, and runs beside the one after. So two stages hide nothing. Layers on two H200s show it, with NCCL and

@@ -85,9 +85,9 @@ class Routing:
         return cls(np.minimum(chance, 1.0), selected)
 
     @classmethod
-    def parse(cls, spec: str | os.PathLike[str], experts: int, selected: int) -> Routing:
+    def parse(cls, spec: str | os.PathLike[str], experts: int, selected: int, layers: int) -> Routing:
         """From a setting: "uniform", "zipf:1.2", "collapsed" (all tokens choose the same experts, as random weights
-        may), or the path of a file of counts (see `read_counts`)."""
+        may), or the path of a file of counts (see `read_counts`) of a model with so many `layers` of experts."""
         text = os.fspath(spec)
         if text == "uniform":
             return cls.uniform(experts, selected)
@@ -99,14 +99,22 @@ class Routing:
             except ValueError:
                 raise EnergyLensError(f'routing: {text!r} has no number after "zipf:"') from None
             return cls.zipf(experts, selected, alpha)
-        return cls.counted(read_counts(text), experts, selected, text)
+        return cls.counted(read_counts(text), experts, selected, layers, text)
 
     @classmethod
-    def counted(cls, counts: npt.ArrayLike, experts: int, selected: int, where: str = "the table") -> Routing:
-        """`of_counts` for a model of so many experts. Raises EnergyLensError, with `where`, for another number."""
+    def counted(
+        cls, counts: npt.ArrayLike, experts: int, selected: int, layers: int, where: str = "the table"
+    ) -> Routing:
+        """`of_counts` for a model of so many experts in so many layers: a row for each layer, or one for all. Raises
+        EnergyLensError, with `where`, for other numbers."""
         table = np.atleast_2d(np.asarray(counts, dtype=np.float64))
         if table.shape[-1] != experts:
             raise EnergyLensError(f"routing: {where} counts {table.shape[-1]} experts, the model has {experts}")
+        if len(table) not in (1, layers):
+            raise EnergyLensError(
+                f"routing: {where} counts {len(table)} layers, the model has {layers} with experts; accepted: a row "
+                "for each of them, or one for all"
+            )
         return cls.of_counts(table, selected)
 
     def active_experts(self, tokens: npt.ArrayLike) -> Array:

@@ -143,6 +143,8 @@ class LearntRouting:
         new = self._new(counts)
         increments.add("energylens_expert_selections_total", float(new.sum()))
         recent = self._remember(new, counts.selected)
+        if len(recent) < self._predictor.model.cascade.expert_layers:
+            return  # another pipeline stage's worker has yet to publish
         if recent.sum(axis=1).min() < MIN_TOKENS * counts.selected:
             return
         # One more of each: an expert that was never chosen has a chance all the same.

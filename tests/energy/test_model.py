@@ -194,6 +194,9 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
         ("llama-3.1-8b", {"tensor_parallel_size": 3}, "32.*3"),
         ("llama-3.1-8b", {"tensor_parallel_size": 0}, "tensor_parallel_size: 0 is not a positive integer"),
         ("llama-3.1-8b", {"power_limit_w": -5.0}, "power_limit_w: -5.0"),
+        ("llama-3.1-8b", {"gpu": "H100-SXM", "power_limit_w": 50.0}, "50.0 W is not what .*132 .* to 700"),
+        ("llama-3.1-8b", {"gpu": "H100-SXM", "power_limit_w": 5000.0}, "5000.0 W is not what H100-SXM can be limited"),
+        ("llama-3.1-8b", {"power_limit_w": float("nan")}, "power_limit_w: nan W"),
         ("llama-3.1-8b", {"cudagraph_capture_sizes": [0]}, "cudagraph_capture_sizes"),
     ],
 )

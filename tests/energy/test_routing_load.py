@@ -169,9 +169,10 @@ def test_settings_and_files(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps([3, 1, 0, 4]))
     np.save(tmp_path / "layers.npy", np.arange(8).reshape(2, 4))
     assert read_counts(tmp_path / "one.json").tolist() == [[3, 1, 0, 4]]
-    assert Routing.parse(tmp_path / "layers.npy", 4, 2).chance.shape == (2, 4)
-    assert Routing.parse("uniform", 4, 2).chance.tolist() == [[0.5] * 4]
-    assert Routing.parse("zipf:0", 4, 2).chance.tolist() == [[0.5] * 4]
+    assert Routing.parse(tmp_path / "layers.npy", 4, 2, 2).chance.shape == (2, 4)
+    assert Routing.parse(tmp_path / "one.json", 4, 2, 2).chance.shape == (1, 4), "one row stands for all layers"
+    assert Routing.parse("uniform", 4, 2, 2).chance.tolist() == [[0.5] * 4]
+    assert Routing.parse("zipf:0", 4, 2, 2).chance.tolist() == [[0.5] * 4]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,7 @@ def test_settings_and_files(tmp_path: Path) -> None:
         ("few.json", "few.json counts 3 experts, the model has 4"),
         ("dead.json", "fewer experts with a count above 0 than the 2 a token selects"),
         ("negative.json", "at least 0"),
+        ("layers.json", "layers.json counts 2 layers, the model has 3 with experts; accepted: a row for each"),
     ],
 )
 def test_bad_settings_are_named(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +194,9 @@ def test_bad_settings_are_named(spec: str, message: str, tmp_path: Path, monkeyp
     Path("few.json").write_text("[1, 2, 3]")
     Path("dead.json").write_text("[1, 0, 0, 0]")
     Path("negative.json").write_text("[1, 2, -3, 4]")
+    Path("layers.json").write_text("[[1, 2, 3, 4], [4, 3, 2, 1]]")
     with pytest.raises(EnergyLensError, match=message):
-        Routing.parse(spec, 4, 2)
+        Routing.parse(spec, 4, 2, 3)
 
 
 def test_bad_placements_are_named() -> None:

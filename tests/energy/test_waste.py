@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from energylens_vllm.energy import Deployment, DualBatch, EnergyModel, Overlap, StepPrediction
@@ -29,11 +30,11 @@ def test_waste_grows_with_skew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "model", "parallel"),
-    [(1, "qwen3-30b-a3b", False), (4, "qwen3-30b-a3b", False), (8, "llama-3.1-70b", False)],
+    ("routing", "gpus", "model"),
+    [("zipf:1.0", 1, "qwen3-30b-a3b"), ("zipf:1.0", 4, "qwen3-30b-a3b"), ("uniform", 8, "llama-3.1-70b")],
 )
-def test_nobody_waits_where_all_gpus_have_all_experts_or_none(gpus: int, model: str, parallel: bool) -> None:
-    assert step("zipf:1.0", gpus, model, parallel).waste_j == 0
+def test_nobody_waits_where_all_gpus_have_all_experts_or_none(routing: str, gpus: int, model: str) -> None:
+    assert step(routing, gpus, model, parallel=False).waste_j == 0
 
 
 def test_waiting_that_the_host_hides_is_no_waste() -> None:
@@ -98,6 +99,36 @@ def test_overlapped_steps_tell_padding_too() -> None:
 def test_balancing_that_is_none_is_refused(given: dict[str, Any], problem: str) -> None:
     with pytest.raises(EnergyLensError, match=problem):
         Deployment(**given)
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "deepseek-v3", "llama-4-maverick"])
+def test_counts_are_of_each_expert_layer_or_of_all_alike(model: str) -> None:
+    """DeepSeek-V3 has 3 dense layers before 58 with experts, Llama 4 Maverick every other of 48."""
+    plain = EnergyModel(model)
+    layers = {"qwen3-30b-a3b": 48, "deepseek-v3": 58, "llama-4-maverick": 24}[model]
+    experts = next(kernel.experts.total for kernel in plain.kernels if kernel.experts)
+    uniform = plain.step([(1, 100)]).energy_j
+    for rows in (1, layers):
+        assert plain.with_expert_counts(np.ones((rows, experts))).step([(1, 100)]).energy_j == pytest.approx(uniform)
+    with pytest.raises(EnergyLensError, match=rf"counts {layers - 1} layers, the model has {layers} with experts"):
+        plain.with_expert_counts(np.ones((layers - 1, experts))).step([(1, 100)])
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"expert_routing": "/nope"}, "expert_routing: '/nope' is for .* Llama-3.1-8B has none; accepted: 'uniform'"),
+        ({"enable_eplb": True, "enable_expert_parallel": True}, "enable_eplb: True is for networks with experts"),
+        ({"all2all_backend": "deepep_low_latency"}, "all2all_backend: 'deepep_low_latency' is for networks with"),
+        (
+            {"enable_dbo": True, "all2all_backend": "deepep_low_latency"},
+            "all2all_backend: 'deepep_low_latency' is for networks with",
+        ),
+    ],
+)
+def test_what_is_for_experts_is_refused_without(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(EnergyLensError, match=problem):
+        EnergyModel("llama-3.1-8b", Deployment(**given))
 
 
 def test_data_parallel_ranks_all_wait() -> None:

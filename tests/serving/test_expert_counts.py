@@ -118,6 +118,17 @@ def test_few_tokens_tell_nothing() -> None:
     assert learning.predictor.model is not before
 
 
+def test_nothing_is_learnt_before_all_layers_are_counted() -> None:
+    """Workers of pipeline stages publish each on its own."""
+    learning = Learning()
+    before = learning.predictor.model
+    learning.report(counts(100_000, layers=range(24)))
+    assert learning.predictor.model is before
+    learning.report(counts(100_000))
+    assert learning.predictor.model is not before
+    assert not learning.guard.failures
+
+
 def test_no_new_loads_for_what_has_hardly_changed_or_too_soon() -> None:
     learning = Learning()
     learning.report(counts(100_000))
