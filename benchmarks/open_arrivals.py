@@ -1,4 +1,4 @@
-"""Open arrivals in closed form against a simulation of every step, with the same step model. Takes two minutes.
+"""Open arrivals in closed form against a simulation of every step, with the same step model. Takes three minutes.
 
     python benchmarks/open_arrivals.py
 
@@ -20,6 +20,11 @@ CASES = (
     ("llama-3.1-8b", Deployment(gpu="H200-SXM"), (0.2, 2.0, 10.0, 20.0)),
     ("llama-3.1-8b", Deployment(gpu="H200-SXM", max_num_seqs=8), (6.0,)),
     ("llama-3.1-70b", Deployment(gpu="H100-SXM", tensor_parallel_size=4), (2.0, 4.0)),
+    (
+        "qwen3-30b-a3b",
+        Deployment(gpu="H200-SXM", data_parallel_size=4, enable_expert_parallel=True),
+        (0.5, 2.0, 10.0),
+    ),
 )
 
 

@@ -112,16 +112,16 @@ def _finite(at_s: float, prompt: float, output: float) -> tuple[float, float, fl
 
 
 def simulate(model: EnergyModel, trace: Trace) -> OpenServing:
-    """Every step of a server under a trace, from its first arrival to its last completion; with data parallelism,
-    ranks take turns. Raises EnergyLensError for pipeline stages, whose overlap it does not simulate."""
+    """Every step of a server under a trace, from its first arrival to its last completion; with data parallelism ranks
+    take turns in getting requests. Raises EnergyLensError for pipeline stages, whose overlap it does not simulate."""
     if model.deployment.pipeline_parallel_size > 1:
         raise EnergyLensError("pipeline_parallel_size: the simulation of a trace accepts 1")
-    ranks = model.deployment.data_parallel_size
-    runs = [_Engine(model, trace.share(rank, ranks)).run() for rank in range(min(ranks, len(trace.arrival_s)))]
+    servers = model.deployment.data_parallel_size // model.lockstep_ranks
+    runs = [_Server(model, trace.share(i, servers)).run() for i in range(min(servers, len(trace.arrival_s)))]
     end_s = max(run.end_s for run in runs)
-    idle_w = model.idle_power_w / ranks
+    idle_w = model.idle_power_w / servers
     busy_s = sum(run.busy_s for run in runs)
-    energy_j = sum(run.energy_j for run in runs) + idle_w * (ranks * end_s - busy_s)
+    energy_j = sum(run.energy_j for run in runs) + idle_w * (servers * end_s - busy_s)
     ttft_s, tpot_s = (np.concatenate([getattr(run, name) for run in runs]) for name in ("ttft_s", "tpot_s"))
     requests, tokens = len(trace.arrival_s), float(trace.output_tokens.sum())
     return OpenServing(
@@ -130,7 +130,7 @@ def simulate(model: EnergyModel, trace: Trace) -> OpenServing:
         energy_per_request_j=energy_j / requests,
         power_w=energy_j / end_s,
         idle_power_w=model.idle_power_w,
-        utilisation=busy_s / (ranks * end_s),
+        utilisation=busy_s / (servers * end_s),
         running=sum(run.request_s for run in runs) / end_s,
         waiting_share=sum(run.waited for run in runs) / requests,
         mean_ttft_s=float(ttft_s.mean()),
@@ -147,9 +147,10 @@ PLANNED = 32
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """One step: what each of its requests computes, and the engine's state before it."""
+    """One step: what each of its requests computes, and the server's state before it."""
 
     requests: Integers
+    rank: Integers  #: of each
     new: Integers
     computed: Integers
     decodes: npt.NDArray[np.bool_]
@@ -158,20 +159,23 @@ class _Planned:
     admitted: list[int]
 
 
-class _Engine:
-    """One data-parallel rank. `run` fills the sums and, for each request, its latencies.
+class _Server:
+    """What steps by itself: a data-parallel rank, or all that share experts and end each step together. `run` fills
+    the sums and, for each request, its latencies.
 
     Without arrivals the steps to come are known, so several are predicted at once.
     """
 
     def __init__(self, model: EnergyModel, trace: Trace) -> None:
         self.model, self.trace = model, trace
-        self.ahead = model.async_scheduling
+        self.ahead, self.ranks = model.async_scheduling, model.lockstep_ranks
+        self.rank = np.arange(len(trace.arrival_s)) % self.ranks  #: of each request
+        self.rank_idle_w = model.idle_power_w / model.deployment.data_parallel_size
         self.left_prompt = (trace.prompt_tokens - trace.cached_tokens).astype(np.int64)
         self.left_output = trace.output_tokens.astype(np.int64)
         self.computed = trace.cached_tokens.astype(np.int64)
         self.running: Integers = np.zeros(0, dtype=np.int64)
-        self.waiting: deque[int] = deque()
+        self.waiting: list[deque[int]] = [deque() for _ in range(self.ranks)]
         self.arrived = self.waited = 0
         self.busy_s = self.energy_j = self.request_s = self.end_s = 0.0
         self.first_s = np.full(len(trace.arrival_s), np.nan)
@@ -187,7 +191,7 @@ class _Engine:
         each: Array = ((self.done_s - self.first_s) / np.maximum(self.trace.output_tokens - 1, 1))[several]
         return each
 
-    def run(self) -> _Engine:
+    def run(self) -> _Server:
         now = seen = 0.0  # `seen`: when the next step is scheduled, and what has arrived by then is in it
         while True:
             self._arrive(seen)
@@ -215,53 +219,74 @@ class _Engine:
     def _arrive(self, now: float) -> None:
         arrivals, limit = self.trace.arrival_s, self.model.deployment.max_num_seqs
         while self.arrived < len(arrivals) and arrivals[self.arrived] <= now:
-            self.waited += len(self.running) + len(self.waiting) >= limit
-            self.waiting.append(self.arrived)
+            rank = self.rank[self.arrived]
+            held = np.count_nonzero(self.rank[self.running] == rank) + len(self.waiting[rank])
+            self.waited += bool(held >= limit)
+            self.waiting[rank].append(self.arrived)
             self.arrived += 1
 
     def _plan(self) -> list[_Planned]:
         steps: list[_Planned] = []
-        while len(steps) < PLANNED and (self.waiting or len(self.running)):
+        while len(steps) < PLANNED and (any(self.waiting) or len(self.running)):
             steps.append(self._schedule())
         return steps
 
     def _schedule(self) -> _Planned:
         """The next step, marked as done."""
-        before, limit = self.running, self.model.deployment.max_num_seqs
-        budget = self.model.deployment.max_num_batched_tokens
-        wanted = np.maximum(self.left_prompt[before], 1)
-        left = budget - int(wanted.sum())
-        admitted: list[int] = []
-        while self.waiting and left > 0 and len(before) + len(admitted) < limit:
-            admitted.append(self.waiting.popleft())
-            left -= int(self.left_prompt[admitted[-1]])
-        requests = np.concatenate([before, np.array(admitted, dtype=np.int64)])
-        wanted = np.maximum(self.left_prompt[requests], 1)
-        new = np.clip(budget - (np.cumsum(wanted) - wanted), 0, wanted)
+        before, running = self.running, self.rank[self.running]
+        parts = [self._schedule_rank(before[running == rank], waiting) for rank, waiting in enumerate(self.waiting)]
+        requests, new, admitted = (np.concatenate(each) for each in zip(*parts, strict=True))
         computed, decodes = self.computed[requests], self.left_prompt[requests] == 0
         self.computed[requests] += new
         self.left_prompt[requests] -= np.where(decodes, 0, new)
         sampled = (self.left_prompt[requests] == 0) & (new > 0)
         self.left_output[requests] -= sampled
         self.running = requests[self.left_output[requests] > 0]
-        return _Planned(requests, new, computed, decodes, sampled, before, admitted)
+        return _Planned(requests, self.rank[requests], new, computed, decodes, sampled, before, admitted.tolist())
+
+    def _schedule_rank(self, before: Integers, waiting: deque[int]) -> tuple[Integers, Integers, Integers]:
+        """A rank's requests, new tokens of each, and those of them that it takes from its line."""
+        budget, limit = self.model.deployment.max_num_batched_tokens, self.model.deployment.max_num_seqs
+        wanted = np.maximum(self.left_prompt[before], 1)
+        left = budget - int(wanted.sum())
+        taken: list[int] = []
+        while waiting and left > 0 and len(before) + len(taken) < limit:
+            taken.append(waiting.popleft())
+            left -= int(self.left_prompt[taken[-1]])
+        admitted = np.array(taken, dtype=np.int64)
+        requests = np.concatenate([before, admitted])
+        wanted = np.maximum(self.left_prompt[requests], 1)
+        return requests, np.clip(budget - (np.cumsum(wanted) - wanted), 0, wanted), admitted
 
     def _take_back(self, step: _Planned) -> None:
         self.computed[step.requests] -= step.new
         self.left_prompt[step.requests] += np.where(step.decodes, 0, step.new)
         self.left_output[step.requests] += step.sampled
         self.running = step.running
-        self.waiting.extendleft(reversed(step.admitted))
+        for request in reversed(step.admitted):
+            self.waiting[self.rank[request]].appendleft(request)
 
     def _predict(self, steps: list[_Planned]) -> tuple[Array, Array]:
-        present = [step.new > 0 for step in steps]
-        new, computed, decodes = (
-            np.concatenate([getattr(step, name)[here] for step, here in zip(steps, present, strict=True)])
-            for name in ("new", "computed", "decodes")
+        """Seconds and joules of each step: those of its longest rank, in which the others wait, and of all ranks."""
+        new, computed, decodes, rank = (
+            np.concatenate([getattr(step, name) for step in steps]) for name in ("new", "computed", "decodes", "rank")
         )
-        offsets = np.concatenate([[0], np.cumsum([here.sum() for here in present])])
+        batch = np.repeat(np.arange(len(steps)) * self.ranks, [len(step.new) for step in steps]) + rank
+        batches = np.arange(len(steps) * self.ranks)
+        here, without = new > 0, np.setdiff1d(batches, batch[new > 0])
+        batch = np.concatenate([batch[here], without])
+        order = np.argsort(batch, kind="stable")
+        # A rank without requests runs a batch of one token beside the others (vLLM's `execute_dummy_batch`).
+        new, computed, decodes = (
+            np.concatenate([values[here], np.full(len(without), value)])[order]
+            for values, value in ((new, 1), (computed, 0), (decodes, True))
+        )
+        offsets = np.searchsorted(batch[order], np.append(batches, len(batches)))
         predicted = self.model.predict(steps_from_arrays(new, computed, offsets, self.model.masks, decodes))
-        return predicted.time_s, predicted.energy_j
+        time_s, energy_j = (values.reshape(-1, self.ranks) for values in (predicted.time_s, predicted.energy_j))
+        longest_s = time_s.max(axis=1)
+        waiting_j = self.rank_idle_w * (longest_s[:, None] - time_s)
+        return longest_s, (energy_j + waiting_j).sum(axis=1)
 
     def _account(self, step: _Planned, seconds: float, joules: float, end: float) -> None:
         self.busy_s += seconds

@@ -236,8 +236,8 @@ class EnergyModel:
 
         `prompt_tokens` and `output_tokens` are numbers, or samples. `mean_context_tokens` overrides the mean context of
         a decoding request (else prompt + E[L^2] / 2 E[L]). `prefix_cache_hit_rate` is the share of prompt tokens that
-        vLLM's prefix cache (on by default) spares; None takes that of chat traffic and sets the flag
-        "prefix_hits_assumed". `speculation`: drafts that each decode verifies.
+        vLLM's prefix cache (on by default) spares; None takes that of chat traffic, with the spread of what its prompts
+        leave to compute, and sets the flag "prefix_hits_assumed". `speculation`: drafts that each decode verifies.
         Raises EnergyLensError for what is not positive, or no rate.
         """
         return serve(
@@ -271,6 +271,11 @@ class EnergyModel:
         """Whether vLLM schedules a step while the one before runs: as the deployment says, else as its release does."""
         given = self.deployment.async_scheduling
         return self.profile.async_scheduling if given is None else given
+
+    @property
+    def lockstep_ranks(self) -> int:
+        """Data-parallel ranks that step together, with requests or without: all that share experts, else each alone."""
+        return self.deployment.data_parallel_size if any(kernel.experts for kernel in self.kernels) else 1
 
     @property
     def expert_imbalance(self) -> float:

@@ -1,4 +1,4 @@
-"""Bubbles of a pipeline: what steps of unequal length cost when several are in flight.
+"""Bubbles: what steps of unequal length cost when several are in flight, or end together.
 
 vLLM keeps as many batches in flight as there are stages, and each needs its own last tokens before it starts again: the
 batches go round in a ring and none overtakes another. While the longest of them passes a stage, those behind it wait,
@@ -9,6 +9,9 @@ longest of m steps rather than of one,
 
 The test lets batches go round: within 3 % for 2 stages, 6 % for 4 and 13 % for 8, from above. Stages of unequal length
 are in t already, which is the slowest stage's. Uniform steps, as pure decodes are, make no bubbles.
+
+Data-parallel ranks that share experts exchange tokens in every layer, so a step of any takes as long as that of the
+rank with most to do: with R ranks and m stages, the longest of R m steps, each as if all ranks had like batches.
 
 A pipeline that is not full goes round faster where hosts are what holds a full one up (`partly`).
 """

@@ -46,7 +46,7 @@ class ServingPrediction:
     prefill_energy_share: float
     interval_j: tuple[float, float]
     flags: frozenset[str]
-    bubble_share: float = 0.0  #: of the time, in which a pipeline's stages wait for longer steps in front
+    bubble_share: float = 0.0  #: of the time, in which stages wait for longer steps in front, ranks for those beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,11 @@ class Mixtures:
         weights = self.weights * (self.starting > 0)
         return self._sum(weights * values) / self._sum(weights)
 
-    def between_ends_s(self, stages: int) -> Array:
-        """Seconds from one step's end to the next in a pipeline of `stages`."""
-        if stages == 1:
+    def between_ends_s(self, together: int) -> Array:
+        """Seconds from one step's end to the next, where each waits for the longest of `together`."""
+        if together == 1:
             return self.mean(self.predicted.time_s)
-        return longest(self.predicted.time_s, self.weights, self.batch, len(self.rate), stages)
+        return longest(self.predicted.time_s, self.weights, self.batch, len(self.rate), together)
 
     def _sum(self, values: Array) -> Array:
         return np.asarray(np.bincount(self.batch, values, len(self.rate)), dtype=np.float64)
@@ -185,9 +185,7 @@ def serve(
         if not number or (given is not None and not 0 < given < math.inf):
             what = "requests" if name == "concurrency" else "tokens"
             raise EnergyLensError(f"{name}: {given!r} is not a positive number of {what}")
-    hit_rate, flags = hits(model, prefix_cache_hit_rate)
-    spread = CHAT_SPREAD if prefix_cache_hit_rate is None else 0.0
-    lengths = Lengths.of(prompts, outputs, hit_rate, mean_context_tokens, spread)
+    lengths, flags = lengths_of(model, prompts, outputs, prefix_cache_hit_rate, mean_context_tokens)
     deployment = model.deployment
     ranks = deployment.data_parallel_size
     running = min(float(concurrency) / ranks, float(deployment.max_num_seqs))
@@ -227,9 +225,7 @@ def fewest(model: EnergyModel) -> float:
     """Requests of a data-parallel rank that leave no stage of its pipeline empty; with fewer, completions and power
     above idle are in proportion (`partly`). Ranks that share experts step together, so that one request keeps all of
     them busy."""
-    deployment = model.deployment
-    together = deployment.data_parallel_size if any(kernel.experts for kernel in model.kernels) else 1
-    return deployment.pipeline_parallel_size / together
+    return model.deployment.pipeline_parallel_size / model.lockstep_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +254,9 @@ def steady(
 ) -> Steady:  # fmt: skip
     """Closed queues of `running` requests on each data-parallel rank, whose steps take at most `budget` tokens.
 
+    A step waits for the longest of those in flight in a pipeline, and of those of all ranks that share experts, whose
+    batches are drawn independently: the docstring of `pipeline`.
+
     `running` (at least `fewest`) and `budget` broadcast to shape (N,). Row i is what
     `EnergyModel.serving` says of a deployment with `max_num_batched_tokens` budget[i] and a concurrency of running[i]
     on each rank; one call of the step model evaluates all of them, which is what makes thousands of deployments cheap.
@@ -267,7 +266,7 @@ def steady(
     batch = requests / in_flight
     steps = mixtures(model, batch, budgets, lengths, drafts)
     predicted = steps.predicted
-    alone_s, step_s = steps.mean(predicted.time_s), steps.between_ends_s(in_flight)
+    alone_s, step_s = steps.mean(predicted.time_s), steps.between_ends_s(in_flight * model.lockstep_ranks)
     bubble_s = step_s - alone_s
     bubble_j = bubble_s * model.idle_power_w / ranks
     step_j = steps.mean(predicted.energy_j) + bubble_j
@@ -299,26 +298,36 @@ def steady(
 
 
 def speed(model: EnergyModel, sizes: Array, full: Steady, output_tokens: float) -> Speed:
-    """One data-parallel rank at 1 .. sizes[-1] requests, from closed queues of `sizes` requests (see `station`)."""
-    ranks = model.deployment.data_parallel_size
+    """A server at 1 .. sizes[-1] requests, from closed queues of `sizes` requests (see `station`): a data-parallel
+    rank, or all that step together, with an even share of the requests each."""
+    servers = model.deployment.data_parallel_size // model.lockstep_ranks
     return station(
         sizes,
-        full.tokens_per_s / (ranks * output_tokens),
-        full.power_w / ranks,
+        full.tokens_per_s / (servers * output_tokens),
+        full.power_w / servers,
         full.tpot_s,
         full.ttft_s,
-        model.idle_power_w / ranks,
+        model.idle_power_w / servers,
         float(full.pass_share[0]),
     )
 
 
-def hits(model: EnergyModel, rate: float | None) -> tuple[float, frozenset[str]]:
-    """The share of prompt tokens that the prefix cache spares, and the model's flags with what was assumed of it."""
-    if rate is None:
-        return CHAT_HIT_RATE, model.flags | {"prefix_hits_assumed"}
-    if not 0 <= rate < 1:
-        raise EnergyLensError(f"prefix_cache_hit_rate: {rate!r}; accepted: 0 up to, not including, 1")
-    return rate, model.flags
+def lengths_of(
+    model: EnergyModel, prompts: Array, outputs: Array, hit_rate: float | None, context: float | None = None
+) -> tuple[Lengths, frozenset[str]]:
+    """Lengths of samples; of prompts, if nobody says how much of them the prefix cache spares, what chat traffic leaves
+    to compute. And the model's flags, with what was assumed."""
+    if hit_rate is None:
+        lengths = Lengths.of(prompts, outputs, CHAT_HIT_RATE, context, CHAT_SPREAD)
+        return lengths, model.flags | {"prefix_hits_assumed"}
+    if not 0 <= hit_rate < 1:
+        raise EnergyLensError(f"prefix_cache_hit_rate: {hit_rate!r}; accepted: 0 up to, not including, 1")
+    return Lengths.of(prompts, outputs, hit_rate, context, log_std(prompts)), model.flags
+
+
+def log_std(values: Array) -> float:
+    """Standard deviation of the logarithm of what is lognormal with the mean and variance of `values`."""
+    return float(np.sqrt(np.log1p(values.var() / values.mean() ** 2)))
 
 
 def samples(name: str, values: npt.ArrayLike) -> Array:

@@ -57,16 +57,18 @@ def evaluate(
     for budget in np.unique(budgets):
         here = limits[budgets == budget]
         sizes = _sizes(engine, here)
-        full = steady(engine.model, sizes, budget, *lengths)
+        full = steady(engine.model, sizes / engine.model.lockstep_ranks, budget, *lengths)
         tables.append(_at_rate(index, engine, here, int(budget), sizes, full, replicas, load))
     return Deployments.joined(tables)
 
 
 def _sizes(engine: Engine, limits: Integers) -> Integers:
-    """Batches whose steps are predicted, up to the largest limit: the limits, and enough between them."""
-    least, most = engine.deployment.pipeline_parallel_size, int(limits.max())
+    """Requests of a server (see `serving.speed`) whose steps are predicted, up to the most that it runs: those of full
+    ranks with each limit, and enough between them."""
+    full = engine.model.lockstep_ranks * limits
+    least, most = engine.deployment.pipeline_parallel_size, int(full.max())
     between = np.array([size for size in MAX_NUM_SEQS if least < size < most], dtype=np.int64)
-    return np.unique(np.concatenate([[least], between, limits]))
+    return np.unique(np.concatenate([[least], between, full]))
 
 
 def _saturated(
@@ -97,11 +99,11 @@ def _at_rate(
     load: Load,
 ) -> Deployments:  # fmt: skip
     assert load.rate_per_s is not None
-    ranks = engine.deployment.data_parallel_size
-    rates = load.rate_per_s / (replicas * ranks)  # of one data-parallel rank
-    seen = arrivals(speed(engine, sizes, full, load.output_tokens), rates, limits)
-    at = np.searchsorted(sizes, limits)
-    power_w = seen.power_w * (replicas * ranks)[:, None]
+    together = engine.model.lockstep_ranks
+    servers = replicas * engine.deployment.data_parallel_size // together
+    seen = arrivals(speed(engine, sizes, full, load.output_tokens), load.rate_per_s / servers, together * limits)
+    at = np.searchsorted(sizes, together * limits)
+    power_w = seen.power_w * servers[:, None]
     tokens_per_s = load.rate_per_s * load.output_tokens
     token_j = power_w / tokens_per_s
 
@@ -117,7 +119,7 @@ def _at_rate(
         max_num_batched_tokens=whole(budget),
         replicas=whole(replicas[:, None]),
         gpus=whole(replicas[:, None] * engine.deployment.num_gpus),
-        running=flat(seen.running),
+        running=flat(seen.running / together),
         token_j=flat(token_j),
         low_j=flat(token_j * (full.low_j / full.token_j)[at]),
         high_j=flat(token_j * (full.high_j / full.token_j)[at]),
@@ -131,7 +133,7 @@ def _at_rate(
 
 
 def speed(engine: Engine, sizes: Integers, full: Steady, output_tokens: float) -> Speed:
-    """One data-parallel rank at 1 .. sizes[-1] requests, from closed queues of `sizes` requests (see `station`)."""
+    """`serving.speed`, with the time until a request is scheduled."""
     known, most = sizes.astype(np.float64), int(sizes[-1])
     until_s = interpolated(most, known, _until_scheduled_s(engine, full))
     found = serving.speed(engine.model, known, full, output_tokens)

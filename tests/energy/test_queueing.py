@@ -10,7 +10,8 @@ import pytest
 
 from energylens_vllm.energy import Deployment, EnergyModel, arrivals
 from energylens_vllm.energy.arrivals import Trace, poisson_trace, read_trace, simulate
-from energylens_vllm.energy.batch import Array
+from energylens_vllm.energy.batch import Array, steps_from_requests
+from energylens_vllm.energy.serving import CHAT_HIT_RATE, CHAT_SPREAD
 from energylens_vllm.errors import EnergyLensError
 
 
@@ -27,7 +28,7 @@ def model() -> EnergyModel:
 
 
 @pytest.mark.parametrize(
-    ("rate", "limit", "requests", "ttft"), [(1.0, 1024, 250, 0.15), (8.0, 1024, 700, 0.3), (6.0, 8, 500, 0.5)]
+    ("rate", "limit", "requests", "ttft"), [(1.0, 1024, 1000, 0.15), (8.0, 1024, 700, 0.3), (6.0, 8, 500, 0.5)]
 )
 def test_open_serving_agrees_with_a_simulation_of_each_step(
     rate: float, limit: int, requests: int, ttft: float
@@ -45,6 +46,61 @@ def test_open_serving_agrees_with_a_simulation_of_each_step(
     assert found.tpot_s[99] == pytest.approx(simulated.tpot_s[99], rel=0.2)
     assert found.ttft_s[50] == pytest.approx(simulated.ttft_s[50], rel=0.2)
     assert found.ttft_s[99] == pytest.approx(simulated.ttft_s[99], rel=ttft)
+
+
+@pytest.mark.parametrize(("rate", "power", "tpot"), [(0.5, 0.02, 0.06), (5.0, 0.08, 0.06)])
+def test_ranks_that_share_experts_step_together(rate: float, power: float, tpot: float) -> None:
+    """One request keeps all of them busy, and the longest prompt of any rank all the others waiting."""
+    model = EnergyModel("qwen3-30b-a3b", Deployment(gpu="H200-SXM", data_parallel_size=4, enable_expert_parallel=True))
+    trace = poisson_trace(rate, np.array([700.0]), lengths()[1], requests=300)
+    simulated = simulate(model, trace)
+    found = model.open_serving(simulated.rate_per_s, 700, trace.output_tokens, 0.0)
+    assert found.power_w == pytest.approx(simulated.power_w, rel=power)
+    assert found.utilisation == pytest.approx(simulated.utilisation, abs=0.04)
+    assert found.mean_tpot_s == pytest.approx(simulated.mean_tpot_s, rel=tpot)
+    assert found.mean_ttft_s == pytest.approx(simulated.mean_ttft_s, rel=0.1)
+    assert found.ttft_s[50] == pytest.approx(simulated.ttft_s[50], rel=0.05)
+
+
+def test_ranks_idle_together_or_each_alone() -> None:
+    """Four ranks with a request in a while: all are busy with it, or one of the four."""
+    for name, busy in (("qwen3-30b-a3b", 4), ("llama-3.1-8b", 1)):
+        one, four = (EnergyModel(name, Deployment(gpu="H200-SXM", data_parallel_size=ranks)) for ranks in (1, 4))
+        utilised = [model.open_serving(0.001, 500, 100, 0.0).utilisation for model in (one, four)]
+        assert 4 * utilised[1] == pytest.approx(busy * utilised[0], rel=0.15)
+
+
+def test_a_request_of_one_rank_takes_all_that_share_its_experts_along() -> None:
+    sharing = EnergyModel("qwen3-30b-a3b", Deployment(gpu="H200-SXM", data_parallel_size=2))
+    run = simulate(sharing, Trace(*(np.array([float(value)]) for value in (0, 700, 3, 0))))
+    batches = [[(700, 0)], [(1, 700)], [(1, 701)]]
+    seconds = joules = 0.0
+    for batch in batches:
+        busy = sharing.predict(steps_from_requests(batch, sharing.masks))
+        other = sharing.predict(steps_from_requests([(1, 0)], sharing.masks, [True]))
+        seconds += float(busy.time_s[0])
+        joules += float((busy.energy_j + other.energy_j + (busy.time_s - other.time_s) * sharing.idle_power_w / 2)[0])
+    assert run.rate_per_s == pytest.approx(1 / seconds)
+    assert run.energy_per_request_j == pytest.approx(joules)
+
+
+def test_what_chats_leave_to_compute_is_spread_as_in_a_closed_queue(model: EnergyModel) -> None:
+    """Against prompts of which all but a lognormal rest is cached. The tail is short, as it is of other lengths."""
+    random, mean = np.random.default_rng(2), 700.0
+    rest = random.lognormal(0.0, CHAT_SPREAD, 2000)
+    rest = np.ceil(rest * (1 - CHAT_HIT_RATE) * mean / rest.mean())
+    cached = np.full(len(rest), CHAT_HIT_RATE * mean)
+    outputs = random.choice(lengths()[1], len(rest))
+    arrival_s = np.cumsum(random.exponential(1 / 8.0, len(rest)))
+    simulated = simulate(model, Trace(arrival_s, cached + rest, outputs, cached))
+    found = model.open_serving(simulated.rate_per_s, mean, outputs)
+    assert "prefix_hits_assumed" in found.flags
+    assert found.power_w == pytest.approx(simulated.power_w, rel=0.05)
+    assert found.mean_tpot_s == pytest.approx(simulated.mean_tpot_s, rel=0.05)
+    assert found.ttft_s[50] == pytest.approx(simulated.ttft_s[50], rel=0.1)
+    assert found.mean_ttft_s == pytest.approx(simulated.mean_ttft_s, rel=0.15)
+    assert found.ttft_s[90] == pytest.approx(simulated.ttft_s[90], rel=0.1)
+    assert found.ttft_s[95] == pytest.approx(simulated.ttft_s[95], rel=0.25)
 
 
 def test_a_quiet_server_idles_and_each_request_costs_what_it_costs_alone(model: EnergyModel) -> None:

@@ -130,11 +130,13 @@ def test_a_rate_needs_replicas_and_costs_idle_time() -> None:
     assert not fast.feasible[~kept_up].any()
 
 
-@pytest.mark.parametrize(("model", "tp", "rate"), [("llama-3.1-8b", 1, 2.0), ("llama-3.1-8b", 1, 15.0),
-                                                   ("llama-3.1-70b", 4, 4.0)])  # fmt: skip
-def test_at_a_rate_it_is_what_open_serving_predicts(model: str, tp: int, rate: float) -> None:
+@pytest.mark.parametrize(("model", "tp", "dp", "rate"), [("llama-3.1-8b", 1, 1, 2.0), ("llama-3.1-8b", 1, 1, 15.0),
+                                                         ("llama-3.1-70b", 4, 1, 4.0), ("llama-3.1-8b", 1, 2, 4.0),
+                                                         ("qwen3-30b-a3b", 1, 4, 8.0)])  # fmt: skip
+def test_at_a_rate_it_is_what_open_serving_predicts(model: str, tp: int, dp: int, rate: float) -> None:
     """`open_serving` draws requests one by one; both know the same queue."""
-    space = Space(gpus=("H100-SXM",), max_gpus=tp, tensor_parallel_size=(tp,), quantization=(None,),
+    space = Space(gpus=("H100-SXM",), max_gpus=tp * dp, exactly=True, tensor_parallel_size=(tp,),
+                  data_parallel_size=(dp,), enable_expert_parallel=dp > 1, quantization=(None,),
                   kv_cache_dtype=("auto",), max_num_seqs=(128,), max_num_batched_tokens=(8192,))  # fmt: skip
     found = explore(model, Load(1000, 300, rate_per_s=rate), space)
     assert len(found.deployments) == 1
@@ -142,7 +144,7 @@ def test_at_a_rate_it_is_what_open_serving_predicts(model: str, tp: int, rate: f
     expected = EnergyModel(model, deployment).open_serving(rate, 1000, 300, prefix_cache_hit_rate=0.0)
     table = found.deployments
     assert table.token_j[0] == pytest.approx(expected.energy_per_output_token_j, rel=0.02)
-    assert table.running[0] == pytest.approx(expected.running, rel=0.03)
+    assert dp * table.running[0] == pytest.approx(expected.running, rel=0.03)
     assert table.tpot_s[0] == pytest.approx(expected.mean_tpot_s, rel=0.03)
     assert table.ttft_s[0] == pytest.approx(expected.mean_ttft_s, rel=0.25)
     assert 1 - table.idle_share[0] == pytest.approx(expected.utilisation, abs=0.02)
