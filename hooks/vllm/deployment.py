@@ -23,7 +23,8 @@ def describe(vllm_config: Any) -> Engine:
         flags.add("draft_model_not_modelled")
     if vllm_config.kv_transfer_config is not None:
         flags.add("kv_transfer_not_modelled")
-    exchange = _exchange(parallel)
+    exchange = _exchange(parallel) if model.is_moe else {}
+    balanced = parallel.enable_eplb and model.is_moe  # vLLM takes no notice of either in a dense network
     tokens_split = parallel.prefill_context_parallel_size > 1  # which makes vLLM use the backend, too
     modelled = [name for name, kernels in ALL2ALL_BACKENDS.items() if not (kernels and tokens_split)]
     if exchange.get("all2all_backend") not in (None, *modelled):
@@ -37,8 +38,8 @@ def describe(vllm_config: Any) -> Engine:
             "pipeline_parallel_size": parallel.pipeline_parallel_size,
             "data_parallel_size": parallel.data_parallel_size,
             "enable_expert_parallel": parallel.enable_expert_parallel,
-            "enable_eplb": parallel.enable_eplb,
-            "num_redundant_experts": parallel.eplb_config.num_redundant_experts if parallel.enable_eplb else 0,
+            "enable_eplb": balanced,
+            "num_redundant_experts": parallel.eplb_config.num_redundant_experts if balanced else 0,
             **exchange,
             **_context(parallel),
             "dtype": str(model.dtype).removeprefix("torch."),

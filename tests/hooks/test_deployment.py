@@ -23,9 +23,12 @@ def configured(tiny_model: Path) -> Any:
     return EngineArgs(model=str(tiny_model), load_format="dummy", gpu_memory_utilization=0.08).create_engine_config()
 
 
-def described(configured: Any, monkeypatch: pytest.MonkeyPatch, redundant: int = 0, **parallel: Any) -> Engine:
+def described(
+    configured: Any, monkeypatch: pytest.MonkeyPatch, redundant: int = 0, experts: int = 128, **parallel: Any
+) -> Engine:
     from energylens_vllm.hooks.vllm.deployment import describe
 
+    monkeypatch.setattr(type(configured.model_config), "get_num_experts", lambda self: experts)
     for name, value in parallel.items():
         assert hasattr(configured.parallel_config, name)
         monkeypatch.setattr(configured.parallel_config, name, value)
@@ -65,6 +68,14 @@ def test_exchanges_of_deepep(configured: Any, monkeypatch: pytest.MonkeyPatch) -
     # One rank alone exchanges nothing, and vLLM does not look at the backend.
     alone = described(configured, monkeypatch, **exchange | {"data_parallel_size": 1})
     assert Deployment(**alone.deployment).all2all_backend == "allgather_reducescatter"
+
+
+def test_what_is_for_experts_means_nothing_in_a_dense_network(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"all2all_backend": "deepep_high_throughput", "enable_dbo": True, "enable_eplb": True, **SHARED}
+    engine = described(configured, monkeypatch, redundant=32, experts=0, **given)
+    started = start_predictor(Engine(load_config("llama-3.1-8b"), engine.deployment, "NVIDIA H200", None))
+    assert started.state == "ready"
+    assert not Deployment(**engine.deployment).enable_eplb
 
 
 def test_an_exchange_that_is_not_known_is_flagged(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
