@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 from energylens_vllm.architectures.errors import ArchitectureError
 from energylens_vllm.errors import unknown
@@ -29,7 +30,7 @@ def hub_ids(name: str) -> list[str]:
     return ids
 
 
-def is_cascade(source: object) -> bool:
+def is_cascade(source: object) -> TypeGuard[str | os.PathLike[str]]:
     """Whether a model is given as the path of a cascade in YAML, which knows of no checkpoint, and not as a config."""
     return isinstance(source, str | os.PathLike) and os.fspath(source).endswith((".yaml", ".yml"))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from energylens_vllm.energy.batch import steps_of_mixtures
+from energylens_vllm.energy.cache import cached_bytes
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.model import EnergyModel
 from energylens_vllm.errors import EnergyLensError
@@ -40,13 +41,10 @@ class DisaggregatedServing:
 def cache_bytes(model: EnergyModel, tokens: float) -> float:
     """Bytes of the KV cache that one GPU holds of a request of `tokens`; layers with a window or chunks keep no more
     than that."""
-    total = 0.0
-    for kernel in model.kernels:
-        if kernel.attention is not None and kernel.phase != "prefill":
-            mask = kernel.attention.mask
-            kept = min(tokens, mask.window or mask.chunk or math.inf)
-            total += kernel.count * kernel.kv_read_bytes.keys * kept
-    return total
+    return sum(
+        token_bytes * min(tokens, mask.window or mask.chunk or math.inf)
+        for mask, token_bytes in cached_bytes(model.kernels).items()
+    )
 
 
 def serve_apart(

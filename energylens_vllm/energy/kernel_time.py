@@ -7,18 +7,9 @@ import numpy as np
 from energylens_vllm.einsum.kernel import AttentionShape, Kernel
 from energylens_vllm.energy import timing
 from energylens_vllm.energy.batch import Array
+from energylens_vllm.energy.precision import FORMATS
 from energylens_vllm.energy.timing import Timed
 from energylens_vllm.hardware.profile import GpuProfile
-
-#: Bytes per element of a weight and of the other operand as the tensor cores take them, by format.
-OPERANDS = {
-    "bfloat16": (2.0, 2.0),
-    "fp8": (1.0, 1.0),
-    "fp8_block": (1.0, 1.0),
-    "int8_wo": (1.0, 2.0),
-    "int4_wo": (0.5, 2.0),
-    "mxfp4": (0.53, 2.0),
-}
 
 
 def expert_tile_rows(small_tiles: bool, form: str, tokens: Array, local: int) -> Array:
@@ -58,13 +49,13 @@ def contiguous_bytes(kernel: Kernel, rows: Array) -> Array:
 def linear(p: GpuProfile, form: str, kernel: Kernel, rows: Array, flops: Array, moved: Array) -> Timed:
     """One dense GEMM of `rows` rows: `moved` activation bytes and the weights cross HBM."""
     assert kernel.gemm is not None
-    weight, operand = OPERANDS[form]
-    n, k = kernel.gemm.n, kernel.gemm.k
+    of, n, k = FORMATS[form], kernel.gemm.n, kernel.gemm.k
     if kernel.gemms > 1:  # fused GEMMs may differ in shape: as many columns of the first's depth as hold all the work
         n = round((kernel.flops.tokens + kernel.flops.sampled + kernel.flops.keys) / (2 * k))
     return timing.linear(
-        p, form, p.sm_count, rows, n, k, kernel.weight_bytes, moved, input_bytes=operand, bytes_per_weight=weight
-    )
+        p, form, p.sm_count, rows, n, k, kernel.weight_bytes, moved, input_bytes=of.input_bytes,
+        bytes_per_weight=of.weight_bytes,
+    )  # fmt: skip
 
 
 def experts(
@@ -83,14 +74,14 @@ def experts(
     shape, gemm = kernel.experts, kernel.gemm
     assert shape is not None
     assert gemm is not None
-    weight, operand = OPERANDS[form]
+    of = FORMATS[form]
     tile_rows = expert_tile_rows(p.small_expert_tiles, form, choices / shape.selected, shape.local)
     if contiguous:
         tile_rows = np.full_like(choices, CONTIGUOUS_ROWS)
     return timing.expert_gemm(
         p, form, p.sm_count, choices, kernel.weight_bytes * active / shape.local, moved, [(tile_rows, padded_rows)],
-        n=gemm.n, k=gemm.k, total=shape.total, bytes_per_weight=weight, input_bytes=operand,
-        quantized_rows=choices * shape.local / shape.total if operand < 2 and not contiguous else None,
+        n=gemm.n, k=gemm.k, total=shape.total, bytes_per_weight=of.weight_bytes, input_bytes=of.input_bytes,
+        quantized_rows=choices * shape.local / shape.total if of.input_bytes < 2 and not contiguous else None,
         square_tiles=not p.small_expert_tiles and not contiguous,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from energylens_vllm.architectures import build, load_config
+from energylens_vllm.architectures import build, is_cascade, load_config
 from energylens_vllm.architectures import quantization as quantization_of
 from energylens_vllm.einsum import Cascade, Kernel, load_cascade
 from energylens_vllm.einsum.kernel import ExpertShape, Mask
@@ -432,7 +432,7 @@ def _cascade(
     """The cascade, and the quantization: the deployment's, or else what the config says."""
     if isinstance(config, Cascade):
         return config, deployment.quantization
-    if not isinstance(config, Mapping) and os.fspath(config).endswith((".yaml", ".yml")):
+    if is_cascade(config):
         return load_cascade(Path(config)), deployment.quantization
     loaded = load_config(config if isinstance(config, Mapping) else os.fspath(config))
     return build(loaded), deployment.quantization or quantization_of(loaded)

@@ -9,24 +9,25 @@ from energylens_vllm.einsum.kernel import Kernel, Widths
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How quantized weights are stored and multiplied.
+    """How weights are stored and multiplied.
 
     `kernel` names the coefficients of the profile ("linear.<kernel>.*"); `weight_bytes` is per element with the
-    scales of its block format; `dynamic_scales` says that activations are quantized by an extra kernel before each
-    GEMM; `experts_only` that only expert weights are stored so.
+    scales of its block format; `input_bytes` that of the other operand as the tensor cores take it (below 2 an extra
+    kernel quantizes it before each GEMM); `experts_only` that only expert weights are stored so.
     """
 
     kernel: str
     weight_bytes: float
-    dynamic_scales: bool = False
+    input_bytes: float = 2.0
     experts_only: bool = False
 
 
 # Scales: fp8 per tensor or channel: none worth counting; fp8 block 128 x 128: one fp32 per 16,384 elements; int4 in
 # groups of 128 with an fp16 scale and a packed zero point: 0.5 + 2.5/128; mxfp4: one byte per 32 (OCP MX v1.0).
 FORMATS: dict[str, Format] = {
-    "fp8": Format("fp8", 1.0, dynamic_scales=True),
-    "fp8_block": Format("fp8_block", 1.0 + 4 / 16384, dynamic_scales=True),
+    "bfloat16": Format("bfloat16", 2.0),
+    "fp8": Format("fp8", 1.0, 1.0),
+    "fp8_block": Format("fp8_block", 1.0 + 4 / 16384, 1.0),
     "int8_wo": Format("int8_wo", 1.0 + 2 / 128),
     "int4_wo": Format("int4_wo", 0.5 + 2.5 / 128),
     "mxfp4": Format("mxfp4", 0.5 + 1 / 32, experts_only=True),

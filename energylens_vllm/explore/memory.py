@@ -22,6 +22,7 @@ import numpy.typing as npt
 from energylens_vllm.einsum import Kernel, Mask, Mesh
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.batch import Array
+from energylens_vllm.energy.cache import cached_bytes
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.precision import widths
 from energylens_vllm.hardware.profile import GpuProfile
@@ -209,11 +210,6 @@ def _since(release: str, minor: int) -> bool:
 
 def _stage(kernels: list[Kernel], weights: float, mesh: Mesh, row_bytes: float, buffer_bytes: float) -> Stage:
     """`row_bytes` of each row's element of the vocabulary, `buffer_bytes` of the vocabulary's."""
-    cache: dict[Mask, float] = {}
-    for kernel in kernels:
-        if kernel.attention is not None and kernel.phase != "prefill":  # latent attention has a kernel for each phase
-            mask = kernel.attention.mask
-            cache[mask] = cache.get(mask, 0.0) + kernel.count * kernel.kv_read_bytes.keys
     local = [kernel for kernel in kernels if kernel.collective is None]
     heads = [kernel.gemm for kernel in local if kernel.gemm is not None and kernel.gemm.rows == "sampled"]
     vocabulary = mesh.tp * max((head.n for head in heads), default=0)
@@ -223,7 +219,7 @@ def _stage(kernels: list[Kernel], weights: float, mesh: Mesh, row_bytes: float, 
         per_token=max(kernel.activation_bytes.tokens for kernel in local),
         hidden_per_token=2.0 * max((head.k for head in heads), default=0),
         per_row=row_bytes * vocabulary,
-        cache=tuple(Layers.of(mask, size) for mask, size in cache.items()),
+        cache=tuple(Layers.of(mask, size) for mask, size in cached_bytes(kernels).items()),
         block_tokens=BLOCK_TOKENS * mesh.dcp,
     )
 
