@@ -1,15 +1,21 @@
-"""The one base class of every error that bad input can raise here."""
+"""The one base class of every error that bad input can raise here, and what several checks share."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 LISTED = 24  #: names that a message lists in full
 
 
 class EnergyLensError(ValueError):
     """Bad input. The message names the field, the value given and what is accepted."""
+
+
+def is_positive_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number of at least 1; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def unknown(field: str, value: object, accepted: Iterable[object], hint: str = "") -> EnergyLensError:

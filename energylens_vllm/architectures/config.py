@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from energylens_vllm.architectures.errors import ArchitectureError
-from energylens_vllm.errors import unknown
+from energylens_vllm.errors import is_positive_whole, unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Config:
     def size(self, field: str, default: int | None = None) -> int:
         """A positive whole number."""
         value = self._get(field, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_positive_whole(value):
             raise self.error(f"field {field!r}: {value!r} is not a positive whole number")
         return value
 

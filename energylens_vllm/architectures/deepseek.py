@@ -11,7 +11,7 @@ from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.experts import experts, shared_experts
 from energylens_vllm.architectures.latent import latent_attention
 from energylens_vllm.architectures.mlp import mlp
-from energylens_vllm.architectures.part import Part, decoder, join, norm
+from energylens_vllm.architectures.part import Part, decoder, join, pre_normed
 from energylens_vllm.einsum import Cascade
 
 
@@ -19,10 +19,8 @@ def build(config: Config) -> Cascade:
     dense, every = config.count("first_k_dense_replace", default=0), config.size("moe_layer_freq", default=1)
 
     def layer(kind: str) -> Part:
-        return join(
-            norm("input_norm", "A", "N1"),
+        return pre_normed(
             latent_attention(config),
-            norm("post_norm", "B", "N2"),
             mlp(config.size("intermediate_size")) if kind == "dense" else _experts(config),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from energylens_vllm.architectures.attention import attention
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.experts import experts
-from energylens_vllm.architectures.part import Part, decoder, join, norm
+from energylens_vllm.architectures.part import Part, decoder, pre_normed
 from energylens_vllm.architectures.quantization import quantization
 from energylens_vllm.einsum import Cascade
 
@@ -19,10 +19,8 @@ def build(config: Config) -> Cascade:
 
     def layer(kind: str) -> Part:
         window = config.size("sliding_window") if kind == "sliding" else None
-        return join(
-            norm("input_norm", "A", "N1"),
+        return pre_normed(
             attention(config, window=window, qkv_bias=True, output_bias=True, sinks=True),
-            norm("post_norm", "B", "N2"),
             experts(
                 config,
                 "num_local_experts",

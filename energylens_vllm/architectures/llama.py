@@ -8,7 +8,7 @@ from __future__ import annotations
 from energylens_vllm.architectures.attention import attention
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.mlp import mlp
-from energylens_vllm.architectures.part import Part, decoder, join, norm
+from energylens_vllm.architectures.part import Part, decoder, pre_normed
 from energylens_vllm.einsum import Cascade
 
 _KINDS = {"full_attention": "layer", "sliding_attention": "sliding"}
@@ -20,10 +20,8 @@ def build(config: Config) -> Cascade:
 
     def layer(kind: str) -> Part:
         window = config.size("sliding_window") if kind == "sliding" else None
-        return join(
-            norm("input_norm", "A", "N1"),
+        return pre_normed(
             attention(config, window=window, qkv_bias=bias, output_bias=bias),
-            norm("post_norm", "B", "N2"),
             mlp(config.size("intermediate_size"), bias=config.flag("mlp_bias", default=False)),
         )
 

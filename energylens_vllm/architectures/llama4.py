@@ -10,17 +10,15 @@ from energylens_vllm.architectures.attention import attention
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.experts import experts, shared_experts
 from energylens_vllm.architectures.mlp import mlp
-from energylens_vllm.architectures.part import Part, decoder, join, norm
+from energylens_vllm.architectures.part import Part, decoder, join, pre_normed
 from energylens_vllm.einsum import Cascade
 
 
 def build(config: Config) -> Cascade:
     def layer(kind: str) -> Part:
         reach, feed_forward = kind.split("_")
-        return join(
-            norm("input_norm", "A", "N1"),
+        return pre_normed(
             _attention(config, chunked=reach == "chunked"),
-            norm("post_norm", "B", "N2"),
             mlp(config.size("intermediate_size_mlp")) if feed_forward == "dense" else _experts(config),
         )
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 from energylens_vllm.architectures.attention import attention
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.experts import experts
-from energylens_vllm.architectures.part import decoder, join, norm
+from energylens_vllm.architectures.part import decoder, pre_normed
 from energylens_vllm.einsum import Cascade
 
 
 def build(config: Config) -> Cascade:
-    layer = join(
-        norm("input_norm", "A", "N1"),
+    layer = pre_normed(
         attention(config, window=config.size("sliding_window") if "sliding_window" in config else None),
-        norm("post_norm", "B", "N2"),
         experts(config, "num_local_experts", config.size("intermediate_size")),
     )
     return decoder(config, lambda _: layer)

@@ -109,6 +109,11 @@ def norm(kernel: str, output: str, weight: str) -> Part:
     )
 
 
+def pre_normed(attention: Part, feed_forward: Part) -> Part:
+    """A layer with a norm before each of its sublayers."""
+    return join(norm("input_norm", "A", "N1"), attention, norm("post_norm", "B", "N2"), feed_forward)
+
+
 def _ranks(parts: Iterable[Part]) -> dict[str, Size]:
     ranks: dict[str, Size] = {}
     for part in parts:

@@ -8,16 +8,14 @@ from __future__ import annotations
 from energylens_vllm.architectures.attention import attention
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.mlp import mlp
-from energylens_vllm.architectures.part import Part, decoder, join, norm
+from energylens_vllm.architectures.part import Part, decoder, pre_normed
 from energylens_vllm.einsum import Cascade
 
 
 def build(config: Config) -> Cascade:
     def layer(kind: str) -> Part:
-        return join(
-            norm("input_norm", "A", "N1"),
+        return pre_normed(
             attention(config, window=config.size("sliding_window") if kind == "sliding" else None, qkv_bias=True),
-            norm("post_norm", "B", "N2"),
             mlp(config.size("intermediate_size")),
         )
 

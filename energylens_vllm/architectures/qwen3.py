@@ -9,7 +9,7 @@ from energylens_vllm.architectures.attention import attention
 from energylens_vllm.architectures.config import Config
 from energylens_vllm.architectures.experts import experts
 from energylens_vllm.architectures.mlp import mlp
-from energylens_vllm.architectures.part import Part, decoder, join, norm
+from energylens_vllm.architectures.part import Part, decoder, pre_normed
 from energylens_vllm.architectures.qwen2 import windows
 from energylens_vllm.einsum import Cascade
 
@@ -38,9 +38,7 @@ def build_moe(config: Config) -> Cascade:
 def _layer(config: Config, slides: bool, feed_forward: Part) -> Part:
     bias = config.flag("attention_bias", default=False)
     window = config.size("sliding_window") if slides else None
-    return join(
-        norm("input_norm", "A", "N1"),
+    return pre_normed(
         attention(config, window=window, qkv_bias=bias, output_bias=bias, norm="rms"),
-        norm("post_norm", "B", "N2"),
         feed_forward,
     )

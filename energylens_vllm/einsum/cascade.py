@@ -12,7 +12,7 @@ from energylens_vllm.einsum.errors import EinsumError
 from energylens_vllm.einsum.expression import GATHER, Access, Call, Einsum, Term, parse_einsum
 from energylens_vllm.einsum.kernel import Kernel, Mesh, Widths
 from energylens_vllm.einsum.rank import Rank, RankLike, make_rank
-from energylens_vllm.errors import unknown
+from energylens_vllm.errors import is_positive_whole, unknown
 
 Kind = Literal["quantized", "expert", "plain", "kv_cache", "input", "activation"]
 
@@ -48,7 +48,7 @@ def block(name: str, kernels: Mapping[str, str | Iterable[str]], count: int | No
 
     Raises EinsumError on text that is no einsum.
     """
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+    if count is not None and not is_positive_whole(count):
         raise EinsumError(f"block {name!r}: count {count!r} is not a positive whole number")
     groups = []
     for kernel, texts in kernels.items():

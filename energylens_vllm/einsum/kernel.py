@@ -101,6 +101,14 @@ class ExpertShape:
     selected: int
 
 
+def reached(selected: int, total: int, local: int) -> float:
+    """Chance that at least one of a token's `selected` distinct experts is among `local` of `total`, all alike."""
+    missed = 1.0
+    for i in range(selected):
+        missed *= max(0.0, (total - local - i) / (total - i))
+    return 1.0 - missed
+
+
 @dataclass(frozen=True, slots=True)
 class CollectiveShape:
     """`op` over the `axis` group of `size` GPUs.

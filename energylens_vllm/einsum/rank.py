@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from energylens_vllm.einsum.errors import EinsumError
 from energylens_vllm.einsum.kernel import Mask, Phase
-from energylens_vllm.errors import unknown
+from energylens_vllm.errors import is_positive_whole, unknown
 
 Bound = Literal["tokens", "sampled", "context"]
 Split = Literal["tp", "ep"]
@@ -49,7 +49,7 @@ class Rank:
                 raise EinsumError(str(unknown(f"rank {name}", value, accepted)))
         for name in ("size", "select", "pad", "window", "chunk"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and not is_positive_whole(value):
                 raise EinsumError(f"rank {name}: {value!r} is not a positive whole number")
         if self.size is None and (self.split or self.groups or self.select or self.pad != 1):
             raise EinsumError(f"rank bound to {self.bound}: split, groups, select and pad need a fixed size")

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from energylens_vllm.einsum.errors import EinsumError
-from energylens_vllm.einsum.kernel import CollectiveShape, Mesh
+from energylens_vllm.einsum.kernel import CollectiveShape, Mesh, reached
+from energylens_vllm.errors import is_positive_whole
 
 if TYPE_CHECKING:
     from energylens_vllm.einsum.cascade import Cascade
@@ -58,7 +59,7 @@ def check_mesh(mesh: Mesh) -> None:
     """Raises EinsumError on degrees that no deployment has."""
     for name in ("tp", "pp", "dp", "ep", "pcp", "dcp"):
         degree = getattr(mesh, name)
-        if not isinstance(degree, int) or degree < 1:
+        if not is_positive_whole(degree):
             raise EinsumError(f"mesh {name}: {degree!r} is not a positive whole number")
     if mesh.ep not in (1, mesh.tp * mesh.pcp * mesh.dp):
         ranks = "tp * dp" if mesh.pcp == 1 else "tp * pcp * dp"
@@ -166,16 +167,11 @@ class Sharding:
             return self.mesh.pcp
         if place == "sequence":
             return 1.0 / self.mesh.tp
-        wanted = self.reached(experts) if self.all2all and experts is not None else 1.0
+        wanted = 1.0
+        if self.all2all and experts is not None:  # under uniform routing
+            total, local = self.experts(experts)
+            wanted = reached(self.ranks[experts].select or total, total, local)
         return self.mesh.pcp * self.mesh.dp * wanted
-
-    def reached(self, name: str) -> float:
-        """The share of all tokens of which at least one selected expert is on this GPU, under uniform routing."""
-        total, local = self.experts(name)
-        missed = 1.0
-        for i in range(self.ranks[name].select or total):
-            missed *= max(0.0, (total - local - i) / (total - i))
-        return 1.0 - missed
 
     # -- exchanges ------------------------------------------------------------------------------------------------
 

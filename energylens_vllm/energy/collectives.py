@@ -16,12 +16,11 @@ from typing import NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from energylens_vllm.einsum.kernel import CollectiveOp, Kernel
+from energylens_vllm.einsum.kernel import CollectiveOp, Kernel, reached
+from energylens_vllm.energy.batch import Array
 from energylens_vllm.errors import EnergyLensError, unknown
 from energylens_vllm.hardware.interconnect import Fit, Interconnect, load_interconnect, parse
 from energylens_vllm.hardware.profile import GpuProfile
-
-Array = npt.NDArray[np.float64]
 
 OPERATIONS: tuple[str, ...] = get_args(CollectiveOp)
 
@@ -159,14 +158,15 @@ class Collectives:
         count = np.asarray(tokens, dtype=np.float64)
         throughput = kernel.startswith("high_throughput")
         remote = 1 - 1 / size
-        copies = remote * size * reached(selected, experts, size) if throughput else float(selected)
+        copies = remote * size * reached(selected, experts, experts // size) if throughput else float(selected)
         wire = fit.element_bytes if element_bytes is None else element_bytes
         sent = count * hidden_size * (fit.element_s + fit.copy_s * copies) * (wire / fit.element_bytes)
         time_s = fit.latency_s + fit.expert_s * experts + sent
         nodes = math.ceil(size / node.gpus_per_node)
         crossing = 0.0
         if nodes > 1:
-            crossing = (1 - 1 / nodes) * (nodes * reached(selected, experts, nodes) if throughput else selected)
+            to_nodes = nodes * reached(selected, experts, experts // nodes) if throughput else float(selected)
+            crossing = (1 - 1 / nodes) * to_nodes
             network_s = count * hidden_size * wire * crossing / node["network_bandwidth_bytes_per_s"]
             time_s = np.maximum(time_s, network_s) + node["network_hop_s"]
         outside = count > fit.max_tokens
@@ -178,15 +178,6 @@ class Collectives:
             outside | (size != node.gpus_per_node) | (not node.measured),
             count * hidden_size * wire * copies,
         )
-
-
-def reached(selected: int, experts: int, groups: int) -> float:
-    """Probability that a token with `selected` distinct of `experts` uniform experts needs a given group of them."""
-    others = experts - experts // groups
-    if selected > others:
-        return 1.0
-    missed = sum(math.log(others - i) - math.log(experts - i) for i in range(selected))
-    return 1 - math.exp(missed)
 
 
 class _Range(NamedTuple):

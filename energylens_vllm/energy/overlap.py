@@ -36,7 +36,7 @@ from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.expert_exchange import ExpertExchanges
 from energylens_vllm.energy.step import Exchanged, GpuStep, Work, per_token
 from energylens_vllm.energy.timing import Timed, roofline
-from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.errors import EnergyLensError, is_positive_whole
 from energylens_vllm.hardware.profile import GpuProfile
 
 #: Bytes a second that a channel of NCCL, which is one SM, sends at most. Source: NVIDIA/nccl, src/graph/tuning.cc,
@@ -86,7 +86,7 @@ class DualBatch:
 
 
 def _check(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_positive_whole(value):
         raise EnergyLensError(f"overlap: {name} {value!r} is not a positive whole number")
 
 

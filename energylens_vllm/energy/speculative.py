@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.errors import EnergyLensError, is_positive_whole
 
 if TYPE_CHECKING:
     from energylens_vllm.energy.model import EnergyModel
@@ -29,7 +29,7 @@ class Speculation:
 
     def __post_init__(self) -> None:
         count = self.num_speculative_tokens
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        if not is_positive_whole(count):
             raise EnergyLensError(f"num_speculative_tokens: {count!r} is not a positive whole number")
         if not 0 <= self.acceptance_rate <= 1:
             raise EnergyLensError(f"acceptance_rate: {self.acceptance_rate!r}; accepted: 0 to 1")

@@ -212,8 +212,8 @@ def test_reached_is_the_share_of_tokens_that_need_a_rank() -> None:
     rng = np.random.default_rng(1)
     chosen = np.argsort(rng.random((20_000, 64)), axis=1)[:, :6]  # 6 of 64 experts, 8 on each of 8 ranks
     assert reached(6, 64, 8) == pytest.approx(np.mean(np.any(chosen < 8, axis=1)), abs=0.01)
-    assert reached(8, 8, 1) == 1.0
-    assert reached(1, 8, 8) == pytest.approx(1 / 8)
+    assert reached(8, 8, 8) == 1.0
+    assert reached(1, 8, 1) == pytest.approx(1 / 8)
 
 
 def test_expert_exchange_grows_with_tokens_and_experts_chosen() -> None:
