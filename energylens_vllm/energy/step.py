@@ -175,7 +175,7 @@ class GpuStep:
         #: host work between steps, for each step and for each of its requests
         hidden = async_scheduling and not (profile.eager_contexts and self.beside_attention["all"])
         self.serial_s = (0.0, 0.0) if hidden else (profile["host.serial_s"], profile["host.serial_request_s"])
-        self.power = Power(
+        self.power = self.rated = Power(
             static_w=profile["power.static_w"],
             floor_w=profile["power.floor_w"],
             voltage_floor=profile["power.voltage_floor"],
@@ -185,13 +185,13 @@ class GpuStep:
 
     def with_factors(self, factors: Factors) -> GpuStep:
         """The same GPU with other factors than now on what the profile says."""
-        other, now = copy.copy(self), self.factors
+        other, rated = copy.copy(self), self.rated
         other.factors = factors
         other.power = replace(
-            self.power,
-            static_w=self.power.static_w * factors.static / now.static,
-            floor_w=self.power.floor_w * factors.static / now.static,
-            limit_w=self.power.limit_w * factors.limit / now.limit,
+            rated,
+            static_w=rated.static_w * factors.static,
+            floor_w=rated.floor_w * factors.static,
+            limit_w=rated.limit_w * factors.limit,
         )
         return other
 
