@@ -154,7 +154,7 @@ def engines(cascade: Cascade, quantization: str | None, space: Space) -> Iterato
                     _cache_types(profile, space),
                     space.power_limit_w or (None,),
                     _placements(cascade, mesh.ep, space) if mesh.ep > 1 else ({},),
-                    _exchanges(profile, space) if mesh.ep > 1 and mesh.dp > 1 and mesh.pcp == 1 else ({},),
+                    _exchanges(profile, mesh, space) if mesh.ep > 1 and mesh.dp > 1 and mesh.pcp == 1 else ({},),
                     dict.fromkeys(space.dcp_comm_backend) if mesh.dcp > 1 else ("ag_rs",),
                 ):
                     yield Deployment(
@@ -189,14 +189,15 @@ def _placements(cascade: Cascade, ranks: int, space: Space) -> Iterator[dict[str
             yield {"enable_eplb": True, "num_redundant_experts": copies}
 
 
-def _exchanges(profile: GpuProfile, space: Space) -> Iterator[dict[str, Any]]:
-    """How tokens reach other ranks' experts, as far as it was measured on the GPU."""
+def _exchanges(profile: GpuProfile, mesh: Mesh, space: Space) -> Iterator[dict[str, Any]]:
+    """How tokens reach other ranks' experts, as far as it was measured on the GPU. vLLM has dual-batch overlap with
+    whole contexts only."""
     measured = bool(load_interconnect(profile.name, profile.nvlink).expert_exchange)
     deepep = [backend for backend in ALL2ALL_BACKENDS if ALL2ALL_BACKENDS[backend]]
     for backend in dict.fromkeys(space.all2all_backend):
         if measured or backend not in deepep:
             yield {"all2all_backend": backend}
-    if space.enable_dbo and measured:
+    if space.enable_dbo and measured and mesh.dcp == 1:
         for backend in [each for each in space.all2all_backend if each in deepep] or deepep:
             yield {"all2all_backend": backend, "enable_dbo": True}
 

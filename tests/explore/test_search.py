@@ -295,6 +295,14 @@ def test_networks_whose_gpus_hold_other_kv_heads_are_tried_as_before() -> None:
     }  # fmt: skip
 
 
+def test_contexts_that_are_split_are_tried_without_dual_batch_overlap() -> None:
+    space = replace(LATENT, tensor_parallel_size=(2,), data_parallel_size=(2,), enable_dbo=True)
+    tried = [engine.deployment for engine in explore("deepseek-v2-lite", Load(1000, 200), space).engines]
+    assert {(each.decode_context_parallel_size, each.enable_dbo) for each in tried} == {
+        (1, False), (1, True), (2, False),
+    }  # fmt: skip
+
+
 def test_experts_that_are_balanced_pay_where_routing_is_uneven() -> None:
     space = replace(EXPERTS, tensor_parallel_size=(4,), data_parallel_size=(1,), expert_routing="zipf:1.0",
                     enable_eplb=True, num_redundant_experts=(0, 16, 17))  # fmt: skip
