@@ -17,7 +17,7 @@ from energylens_vllm.energy.batch import steps_of_mixtures
 from energylens_vllm.energy.cache import cached_bytes
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.model import EnergyModel
-from energylens_vllm.errors import EnergyLensError
+from energylens_vllm.errors import EnergyLensError, is_positive_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def serve_apart(
     are not positive, for fewer requests than decode engines, where decode engines cannot read the cache that prefill
     engines write, and where those do not keep up."""
     for name, count in (("prefill_engines", prefill_engines), ("decode_engines", decode_engines)):
-        if count < 1 or count != int(count):
+        if not is_positive_whole(count):
             raise EnergyLensError(f"{name}: {count!r} is not a positive whole number")
     if not (math.isfinite(prompt_tokens) and prompt_tokens > 0):
         raise EnergyLensError(f"prompt_tokens: {prompt_tokens!r} is not a positive number")

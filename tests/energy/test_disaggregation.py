@@ -71,8 +71,9 @@ def test_refusals() -> None:
         serve_apart(MODEL, MODEL, -1, 100, 10)
     with pytest.raises(EnergyLensError, match="concurrency: 2; accepted: 3 or more"):
         serve_apart(MODEL, MODEL, 2, 100, 10, decode_engines=3)
-    with pytest.raises(EnergyLensError, match=r"decode_engines: 1.5 is not a positive whole number"):
-        serve_apart(MODEL, MODEL, 8, 100, 10, decode_engines=1.5)  # type: ignore[arg-type]
+    for count in (1.5, float("nan"), float("inf")):
+        with pytest.raises(EnergyLensError, match=f"decode_engines: {count} is not a positive whole number"):
+            serve_apart(MODEL, MODEL, 8, 100, 10, decode_engines=count)  # type: ignore[arg-type]
     other = EnergyModel("qwen2.5-72b", MODEL.deployment)
     with pytest.raises(EnergyLensError, match=r"Qwen2.5-72B cannot read the cache of Llama-3.1-70B"):
         serve_apart(MODEL, other, 8, 100, 10)
