@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -11,7 +10,7 @@ from energylens_vllm.einsum.kernel import Mesh
 from energylens_vllm.energy.expert_exchange import ALL2ALL_BACKENDS
 from energylens_vllm.energy.precision import KV_CACHE_DTYPES, QUANTIZATIONS
 from energylens_vllm.errors import EnergyLensError, unknown
-from energylens_vllm.hardware.profile import load_profile
+from energylens_vllm.hardware.profile import load_profile, parse_release
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 #: How partial outputs of attention are put together: gathering their log-sum-exps, or exchanging all at once.
@@ -83,8 +82,8 @@ class Deployment:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise unknown("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         self._check_power_limit()
-        if self.vllm_release is not None and not re.match(r"\d+\.\d+", self.vllm_release):
-            raise EnergyLensError(f"vllm_release: {self.vllm_release!r} is not a release such as '0.25.1'")
+        if self.vllm_release is not None:
+            parse_release(self.vllm_release)  # refuses what is none
         copies = self.num_redundant_experts
         if not isinstance(copies, int) or isinstance(copies, bool) or copies < 0:
             raise EnergyLensError(f"num_redundant_experts: {copies!r} is not a whole number of at least 0")

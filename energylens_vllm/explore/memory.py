@@ -25,7 +25,7 @@ from energylens_vllm.energy.batch import Array
 from energylens_vllm.energy.cache import cached_bytes
 from energylens_vllm.energy.collectives import Collectives
 from energylens_vllm.energy.precision import widths
-from energylens_vllm.hardware.profile import GpuProfile
+from energylens_vllm.hardware.profile import GpuProfile, parse_release
 
 #: Memory that CUDA reports, as vLLM's start-up log shows it (GiB). It is 0.5 to 1 % less than the driver's figure; of
 #: GPUs that are not listed it is taken to be 1 % less than the profile's.
@@ -130,17 +130,15 @@ class Memory:
     @classmethod
     def of(cls, model: EnergyModel, utilization: float) -> Memory:
         """Of the engine that `model` describes."""
-        deployment, release = model.deployment, model.profile.vllm_release
+        deployment, since = model.deployment, parse_release(model.profile.vllm_release)
         element = widths(deployment.dtype, model.quantization, deployment.kv_cache_dtype)
         mesh = deployment.mesh
         by_stage: dict[int, list[Kernel]] = {}
         for kernel in model.kernels:
             by_stage.setdefault(kernel.stage, []).append(kernel)
         weights = model.cascade.weight_bytes(element, mesh)
-        sampler = (
-            (MASKED_BYTES, MASK_BUFFER_BYTES * model.profile.sm_count) if _since(release, 17) else (SORTED_BYTES, 0)
-        )
-        graphs = _since(release, 21) and not deployment.enforce_eager
+        sampler = (MASKED_BYTES, MASK_BUFFER_BYTES * model.profile.sm_count) if since >= (0, 17) else (SORTED_BYTES, 0)
+        graphs = since >= (0, 21) and not deployment.enforce_eager
         exchanged, exchanged_per_token = _exchange_bytes(model)
         return cls(
             total=utilization * cuda_bytes(model.profile),
@@ -201,11 +199,6 @@ def cuda_bytes(profile: GpuProfile) -> float:
     """Memory of a GPU as vLLM sees it."""
     gib = CUDA_GIB.get(profile.name)
     return 0.99 * profile.memory_bytes if gib is None else gib * 2.0**30
-
-
-def _since(release: str, minor: int) -> bool:
-    """Whether it is release 0.`minor` of vLLM or a later one."""
-    return tuple(int(part) for part in release.split(".")[:2]) >= (0, minor)
 
 
 def _stage(kernels: list[Kernel], weights: float, mesh: Mesh, row_bytes: float, buffer_bytes: float) -> Stage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -65,23 +66,23 @@ class GpuProfile:
     @property
     def async_scheduling(self) -> bool:
         """Whether vLLM scheduled asynchronously in the measurements: by default from release 0.14 on."""
-        return _release(self.vllm_release) >= (0, 14)
+        return parse_release(self.vllm_release) >= (0, 14)
 
     @property
     def small_expert_tiles(self) -> bool:
         """Whether the default tiles of vLLM's fused experts follow the number of tokens (later than 0.11)."""
-        return _release(self.vllm_release) >= (0, 12)
+        return parse_release(self.vllm_release) >= (0, 12)
 
     @property
     def contiguous_experts(self) -> bool:
         """Whether vLLM ran 8-bit experts by DeepGEMM's contiguous grouped GEMM, at every batch size: 0.11, where
         `VLLM_USE_DEEP_GEMM_E8M0` is on by default (triton_deep_gemm_moe.py)."""
-        return _release(self.vllm_release) < (0, 12)
+        return parse_release(self.vllm_release) < (0, 12)
 
     @property
     def splits_prefills(self) -> bool:
         """Whether vLLM runs prefill context parallelism (v1/worker/gpu/pcp_manager.py: in 0.32, not in 0.25)."""
-        return _release(self.vllm_release) >= (0, 32)
+        return parse_release(self.vllm_release) >= (0, 32)
 
     @property
     def eager_contexts(self) -> bool:
@@ -89,7 +90,7 @@ class GpuProfile:
         requests have no context yet, and waits for the GPU before each step: a number that it copies there stops
         asynchronous scheduling. Both were so in 0.25 (flash_attn.py, `get_dcp_local_seq_lens`), and no more in 0.32.
         """
-        return _release(self.vllm_release) < (0, 32)
+        return parse_release(self.vllm_release) < (0, 32)
 
     def measured_release(self, release: str) -> str:
         """The release that was measured and is nearest to `release`."""
@@ -150,12 +151,17 @@ def load_profile(gpu: str | os.PathLike[str]) -> GpuProfile:
     return _shipped(text)
 
 
-def _release(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
+def parse_release(text: str) -> tuple[int, int]:
+    """Major and minor number of a release of vLLM: of "0.25.1" as of "0.25rc1". Raises EnergyLensError for text without
+    them."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    if found is None:
+        raise EnergyLensError(f"vllm_release: {text!r} is not a release such as '0.25.1'")
+    return int(found[1]), int(found[2])
 
 
 def _distance(one: str, other: str) -> int:
-    (major, minor), (other_major, other_minor) = _release(one), _release(other)
+    (major, minor), (other_major, other_minor) = parse_release(one), parse_release(other)
     return abs((major - other_major) * 1000 + minor - other_minor)
 
 

@@ -55,6 +55,8 @@ def test_cuda_graphs_are_taken_off_since_vllm_measures_them() -> None:
     fixed = {release: memory("llama-3.1-8b", vllm_release=release).fixed for release in ("0.20.2", "0.21.0")}
     assert fixed["0.21.0"] - fixed["0.20.2"] == GRAPH_BYTES
     assert memory("llama-3.1-8b", vllm_release="0.21.0", enforce_eager=True).fixed == fixed["0.20.2"]
+    candidate = memory("llama-3.1-8b", vllm_release="0.21rc1")
+    assert candidate.fixed == fixed["0.21.0"], "what comes before a release has its rules"
 
 
 @pytest.mark.parametrize(
