@@ -73,6 +73,12 @@ class SplitContext:
 
     def combine(self, kernel: str, einsum: Einsum) -> Iterator[Kernel]:
         """From the outputs of `einsum`, partial and of all heads that share a context, to whole ones of own heads."""
+        rank, *others = context_ranks(self.cascade, einsum.reads)
+        if others:
+            einsum.fail(
+                f"sums over {len(others) + 1} contexts ({', '.join([rank, *others])}); accepted with dcp = "
+                f"{self.mesh.dcp}: one, as each part has a log-sum-exp of its own"
+            )
         phase, output = self.counter.phase([einsum]), [(einsum, einsum.output)]
         own, partial = self._bytes(output, Layout()), self._bytes(output, Layout("context"))
         lse = self._log_sum_exps(einsum)
@@ -90,7 +96,6 @@ class SplitContext:
             yield self._collective(f"{kernel}.reduce_scatter", phase, "reduce_scatter", partial)
             yield self._pass(f"{kernel}.order_tokens", phase, own, own)
         if phase == "all":
-            (rank,) = context_ranks(self.cascade, einsum.reads)
             fresh = Terms(tokens=sum(map(self._uncached, self._caches(rank))))
             yield self._pass(f"{kernel}.new_tokens", phase, self._bytes(self.queries[rank], Layout()), fresh, own)
             yield self._pass(f"{kernel}.merge", phase, own, own, own)

@@ -18,7 +18,7 @@ Source: vLLM 0.32 `FusedMoEParallelConfig.make`, `ParallelConfig.use_sequence_pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -28,6 +28,7 @@ from energylens_vllm.errors import is_positive_whole
 
 if TYPE_CHECKING:
     from energylens_vllm.einsum.cascade import Cascade
+    from energylens_vllm.einsum.expression import Access
 
 Place = Literal["local", "sequence", "experts", "context", "whole"]
 Axis = Literal["tp", "pcp", "dp", "dcp"]
@@ -92,8 +93,8 @@ class Sharding:
     def _check_tokens(self) -> None:
         """Raises EinsumError where vLLM cannot split tokens over pcp either, and for what is not derived."""
         mesh = self.mesh
-        for name, rank in self.ranks.items():
-            if rank.bound == "context" and rank.phase == "all":
+        for _, name in self._of_context():
+            if self.ranks[name].phase == "all":
                 self._fail(name, f"is of prefill and decode together: vLLM splits tokens over pcp = {mesh.pcp} only of "
                                  "latent attention")  # fmt: skip
         if mesh.dp > 1 and mesh.ep == 1 and any(rank.select for rank in self.ranks.values()):
@@ -101,16 +102,26 @@ class Sharding:
 
     def _check_context(self) -> None:
         """Raises EinsumError where vLLM cannot split contexts either."""
-        for name, rank in self.ranks.items():
-            if rank.window or rank.chunk:
-                self._fail(name, f"has a window or chunks, and no such context can be split over dcp = {self.mesh.dcp}")
-            if rank.groups is not None and self.degree(name, "context") != self.degree(name, "local"):
-                most = max(self.mesh.tp // rank.padded, 1)
-                self._fail(
-                    name,
-                    f"differs between GPUs that were to share a context over dcp = {self.mesh.dcp}; accepted with "
-                    f"tp = {self.mesh.tp}: up to {most}, as many as hold the same KV heads",
-                )
+        tp, dcp = self.mesh.tp, self.mesh.dcp
+        for access, context in self._of_context():
+            if self.ranks[context].window or self.ranks[context].chunk:
+                self._fail(context, f"has a window or chunks, and no such context can be split over dcp = {dcp}")
+            if self.cascade.kind(access.tensor) == "activation":
+                continue  # made where the context lies, of all heads there
+            for name in access.ranks:
+                if name != context and self.degree(name, "context") != self.degree(name, "local"):
+                    most = max(tp // self.ranks[name].padded, 1)
+                    self._fail(
+                        name,
+                        f"differs between GPUs that were to share a context over dcp = {dcp}; accepted with tp = {tp}: "
+                        f"up to {most}, as many as hold the same KV heads",
+                    )
+
+    def _of_context(self) -> Iterator[tuple[Access, str]]:
+        """What einsums read and make that has a rank bound to context, with that rank."""
+        for einsum in self.cascade.einsums():
+            for access in (einsum.output, *einsum.reads):
+                yield from ((access, name) for name in access.ranks if self.ranks[name].bound == "context")
 
     def degree(self, name: str, place: Place) -> int:
         """Into how many parts the rank is split. Raises EinsumError where it does not divide."""

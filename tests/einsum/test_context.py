@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,31 @@ def grouped(heads: int, kv_heads: int, **context: int) -> Cascade:
 
 
 GROUPED = grouped(heads=32, kv_heads=2)
+
+#: Keys and values have the query heads themselves, which tensor parallelism splits.
+(GROUPED_LAYER,) = GROUPED.blocks
+EVERY_HEAD = replace(GROUPED, blocks=(
+    block("layer", {kernel.name: [str(einsum).replace("g,", "h,") for einsum in kernel.einsums]
+                    for kernel in GROUPED_LAYER.groups}, count=1),
+))  # fmt: skip
+
+TWO_CONTEXTS = replace(
+    GROUPED,
+    ranks={**GROUPED.ranks, "c2": Rank(bound="context")},
+    kinds={**GROUPED.kinds, "K2": "kv_cache", "V2": "kv_cache"},
+    blocks=(
+        block(
+            "layer",
+            {
+                "qkv": ["Q[t,h,e] = X[t,d] * WQ[d,h,e]"],
+                "attention": ["S[t,h,c] = Q[t,h,e] * K[c,g,e]", "S2[t,h,c2] = Q[t,h,e] * K2[c2,g,e]",
+                              "O[t,h,e] = softmax(S[t,h,c]) * V[c,g,e] + softmax(S2[t,h,c2]) * V2[c2,g,e]"],
+                "o": ["X[t,d] = O[t,h,e] * WO[h,e,d]"],
+            },
+            count=1,
+        ),
+    ),
+)  # fmt: skip
 
 
 def kernels(cascade: Cascade, mesh: Mesh, widths: Widths | None = None) -> dict[str, Kernel]:
@@ -169,12 +195,26 @@ def test_only_what_goes_with_split_contexts_is_marked_so(deepseek: Cascade) -> N
         (grouped(8, 1, window=64), Mesh(tp=4, dcp=2), "rank c (context) has a window or chunks"),
         (grouped(8, 1, chunk=64), Mesh(tp=4, dcp=2), "rank c (context) has a window or chunks"),
         (GROUPED, Mesh(pcp=2), "vLLM splits tokens over pcp = 2 only of latent attention"),
+        (EVERY_HEAD, Mesh(tp=4, dcp=2), "rank h (32) differs between GPUs that were to share a context over dcp = 2"),
+        (TWO_CONTEXTS, Mesh(tp=4, dcp=2), "sums over 2 contexts (c, c2); accepted with dcp = 2: one"),
         (GROUPED, Mesh(tp=2, pcp=2, dcp=2), "mesh dcp: 2 together with pcp = 2; accepted: one of them"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_split_is_one_clear_error(cascade: Cascade, mesh: Mesh, words: str) -> None:
     with pytest.raises(EinsumError, match=re.escape(words)):
         cascade.kernels(mesh=mesh)
+
+
+def test_ranks_that_no_einsum_has_do_not_matter() -> None:
+    """A context that nothing reads is neither split nor refused."""
+    unused = {"c2": Rank(bound="context", window=64), "g2": Rank(3, groups="h")}
+    for mesh in (Mesh(tp=4, dcp=2), Mesh(tp=4)):
+        assert replace(GROUPED, ranks={**GROUPED.ranks, **unused}).kernels(mesh=mesh) == GROUPED.kernels(mesh=mesh)
+    dense = build_cascade(
+        "dense", ranks={"t": "tokens", "d": 64, "c": "context"}, tensors={"quantized": "W"},
+        blocks=[block("layer", {"linear": "X[t,d] = X[t,d] * W[d]"}, count=1)],
+    )  # fmt: skip
+    assert dense.kernels(mesh=Mesh(pcp=2)) == dense.kernels(mesh=Mesh())
 
 
 def test_tokens_and_data_parallel_ranks_need_expert_parallelism(deepseek: Cascade) -> None:
