@@ -166,7 +166,7 @@ def test_the_command_puts_them_into_a_profile(
 
     facts = Facts("NVIDIA H100 80GB HBM3", "GPU-1", "0", "570.1", 85.5e9, 3.35e12, 1980e6, 700.0, 0)
     monkeypatch.setattr(calibrate, "open_device", lambda index: Device(facts, None))  # type: ignore[arg-type]
-    monkeypatch.setattr(calibrate, "measure_collectives", lambda gpus: rows_of(1.5, 95.0, 1.5e-10))
+    monkeypatch.setattr(calibrate, "measure_collectives", lambda gpus: rows_of(1.5, 95.0, 9e-10))
     out = tmp_path / "mine.json"
     assert cli.main(["calibrate", "--collectives", "--gpus", "2", "--out", str(out)]) == 0
     assert "all_reduce" in capsys.readouterr().out
