@@ -37,13 +37,13 @@ from energylens_vllm.energy.serving import ServingPrediction
 from energylens_vllm.hardware.profile import PROFILES, Coefficient, GpuProfile
 
 RECORDINGS = pathlib.Path(__file__).parents[1] / "tests" / "data"
-#: GPU -> recording -> the model and what `Deployment` needs to know, of runs of vLLM 0.25.1 with random weights.
-#: In the two runs "collapsed", random weights made all tokens choose the same experts (docs/accuracy.md); they are not
-#: fitted.
 TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 EP2 = TP2 | {"enable_expert_parallel": True}
 DCP2 = TP2 | {"decode_context_parallel_size": 2}
 H200, MQA = RECORDINGS / "h200_vllm", str(RECORDINGS / "h200_vllm" / "llama8b-mqa.config.json")
+#: GPU -> recording -> the model and what `Deployment` needs to know, of runs of vLLM 0.25.1 with random weights.
+#: In the two runs "collapsed", random weights made all tokens choose the same experts (docs/accuracy.md); they are not
+#: fitted.
 RUNS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "H200-SXM": {
         "llama8b": ("llama-3.1-8b", {}),

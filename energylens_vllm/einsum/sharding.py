@@ -211,10 +211,8 @@ class Sharding:
     def dispatch(self, layout: Layout) -> tuple[Exchange | None, Layout]:
         """From where tokens are to the experts."""
         after = Layout("experts")
-        if (
-            self.mesh.pcp * self.mesh.dp == 1
-        ):  # every GPU of the group holds all tokens: it skips those of other GPUs' experts
-            return None, after
+        if self.mesh.pcp * self.mesh.dp == 1:
+            return None, after  # every GPU of the group holds all tokens: it skips those of other GPUs' experts
         return Exchange(self._expert_shape("all_gather"), after), after
 
     def combine(self, layout: Layout) -> tuple[Exchange | None, Layout]:

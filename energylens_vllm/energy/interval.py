@@ -55,7 +55,7 @@ class Uncertainty:
         if not used <= set(profile.calibrated_formats):
             flags.add("uncalibrated_format")
         if any(k.attention is not None and k.attention.head_dim != k.attention.value_dim for k in kernels):
-            flags.add("extrapolated")  # latent attention: no measured step has run it
+            flags.add("extrapolated")  # latent attention: no profile was fitted on steps that ran it
         if deployment.enforce_eager:
             flags.add("eager_host")  # Python launches every kernel, on another machine than where it was measured
         if deployment.data_parallel_size > 1 and kind == "experts":

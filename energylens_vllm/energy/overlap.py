@@ -48,7 +48,8 @@ CHANNEL_BYTES_PER_S = {
 #: all-reduces of 134 MB between two H200s with 1, 4 and 16 CTAs (benchmarks/overlap_gpu.py --replay); other GPUs: taken
 #: to be alike.
 CHANNEL_SHARE, CHANNEL_CORNER = 0.55, 4.0
-#: SMs behind an interconnect's `communication_power_w` (docs/collectives.md: 16 to 36).
+#: SMs behind an interconnect's `communication_power_w`: what NCCL takes of itself between two H200s, by the trace in
+#: benchmarks/results/overlap_h200.
 DRIVING_SMS = 24.0
 #: Relative standard deviations of time and energy of overlapped steps. Measured: layers in stages on two H200s,
 #: relative to the same without overlap (benchmarks/overlap_gpu.py --replay: 6.7 % of time, 4.6 % of energy; the form of
