@@ -17,10 +17,9 @@ from energylens_vllm.explore.space import MOST_WAITING, Load, Space
 from energylens_vllm.hardware.profile import load_profile
 
 
-def check_asked(base: EnergyModel, found: Sequence[Deployment], space: Space) -> None:
-    """Raise for what was asked for and no deployment in `found` has."""
-    name, where = base.cascade.name, _where(space)
-    stored = base.quantization
+def check_quantization(base: EnergyModel, space: Space) -> None:
+    """Raise for a quantization that vLLM does not make of the checkpoint that `base` was made of."""
+    name, stored = base.cascade.name, base.quantization
     for method in space.quantization or ():
         if method not in ((None, *ONLINE_QUANTIZATIONS) if stored is None else (None, stored)):
             accepted = ", ".join(("none", *(ONLINE_QUANTIZATIONS if stored is None else (stored,))))
@@ -28,6 +27,11 @@ def check_asked(base: EnergyModel, found: Sequence[Deployment], space: Space) ->
                 f"quantization: vLLM does not make {method!r} of {name}, which is stored in "
                 f"{stored or base.deployment.dtype}; accepted: {accepted}, or a checkpoint in {method!r} as the model"
             )
+
+
+def check_asked(base: EnergyModel, found: Sequence[Deployment], space: Space) -> None:
+    """Raise for what was asked for and no deployment in `found` has."""
+    name, where = base.cascade.name, _where(space)
     if not found:
         return  # and why is for `nothing_fits` to say
     if space.enable_eplb and not any(each.enable_eplb for each in found):

@@ -16,7 +16,7 @@ from energylens_vllm.energy.batch import Integers
 from energylens_vllm.errors import EnergyLensError
 from energylens_vllm.explore.deployments import Deployments, evaluate
 from energylens_vllm.explore.engine import Engine, limits
-from energylens_vllm.explore.nothing import check_asked, nothing_fits, nothing_keeps_up
+from energylens_vllm.explore.nothing import check_asked, check_quantization, nothing_fits, nothing_keeps_up
 from energylens_vllm.explore.pareto import pareto_front
 from energylens_vllm.explore.space import MOST_WAITING, Load, Space, engines
 
@@ -69,9 +69,11 @@ def explore(
     deployment has, and latencies or a rate that none reaches: each says how far off the nearest is.
     """
     space = space or Space()
-    load = _bounded(model, load)
     base = EnergyModel(model, Deployment(gpu=space.gpus[0]))
     found = list(engines(base.cascade, base.quantization, space))
+    if not (isinstance(model, Cascade) or is_cascade(model)):  # which say nothing of a checkpoint
+        load = _bounded(load_config(model if isinstance(model, Mapping) else os.fspath(model)), load)
+        check_quantization(base, space)
     check_asked(base, found, space)
     kept: list[Engine] = []
     tables: list[Deployments] = []
@@ -103,11 +105,9 @@ def explore(
     return Exploration(base.cascade.name, load, space, tuple(kept), table, feasible, front, flags)
 
 
-def _bounded(model: Mapping[str, object] | str | os.PathLike[str] | Cascade, load: Load) -> Load:
+def _bounded(config: Mapping[str, object], load: Load) -> Load:
     """The load with the longest request that the model's context holds, unless one is given. Raises for longer ones."""
-    if isinstance(model, Cascade) or is_cascade(model):
-        return load  # a cascade does not say
-    most = longest_request(load_config(model if isinstance(model, Mapping) else os.fspath(model)))
+    most = longest_request(config)
     if most is None or load.longest <= most:
         return load
     if load.max_model_len is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from energylens_vllm import EnergyLensError, EnergyModel
+from energylens_vllm.architectures import build, load_config
 from energylens_vllm.explore import Exploration, Load, Space, explore
 from energylens_vllm.explore.explain import choices, command, measured_releases, row
 from energylens_vllm.explore.space import VLLM_RELEASE, engines
@@ -411,6 +412,15 @@ def test_what_no_deployment_has_is_not_left_out_in_silence(given: dict[str, obje
     with pytest.raises(EnergyLensError) as error:
         explore("qwen3-30b-a3b-fp8", LOAD, Space(**{"gpus": ("H200-SXM",), "max_gpus": 4, **given}))  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+def test_a_cascade_may_be_of_a_checkpoint_in_any_format() -> None:
+    """It says how a network computes, not how its weights are stored."""
+    network = build(load_config("llama-3.1-8b"))
+    space = Space(gpus=("H200-SXM",), max_gpus=1, quantization=("awq",))
+    assert {engine.deployment.quantization for engine in explore(network, LOAD, space).engines} == {"awq"}
+    with pytest.raises(EnergyLensError, match="vLLM does not make 'awq' of"):
+        explore("llama-3.1-8b", LOAD, space)
 
 
 def test_a_rate_at_which_who_is_fast_lets_requests_wait() -> None:
