@@ -122,8 +122,10 @@ class EnergyModel:
         self.profile = profile or load_profile(deployment.gpu)
         if deployment.vllm_release is not None:
             self.profile = self.profile.at_release(deployment.vllm_release)
-            if deployment.prefill_context_parallel_size > 1 and not self.profile.splits_prefills:
-                raise EnergyLensError(f"vllm_release: {deployment.vllm_release} has no prefill context parallelism")
+        if deployment.prefill_context_parallel_size > 1 and not self.profile.splits_prefills:
+            raise EnergyLensError(
+                f"vllm_release: {self.profile.vllm_release} has no prefill context parallelism; accepted: 0.32 or later"
+            )
         mesh = deployment.mesh
         element = widths(deployment.dtype, quantization, deployment.kv_cache_dtype)
         #: what each GPU launches in a step, of all pipeline stages
