@@ -246,7 +246,7 @@ class GpuStep:
         for name in work.core_j:
             work.core_j[name] = work.core_j[name] * factors.compute
         work.padding_j = work.padding_j * factors.compute
-        return np.divide(prefill_j * _own_j(work), before_j, out=np.zeros_like(prefill_j), where=before_j > 0)
+        return np.divide(prefill_j * _own_j(work), before_j, out=np.zeros_like(before_j), where=before_j > 0)
 
     def _work(self, steps: Steps) -> tuple[Work, Array]:
         """All kernels' seconds and joules at the top clock, and the joules of prefill's attention."""

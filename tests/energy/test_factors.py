@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from energylens_vllm.einsum import block, build_cascade
 from energylens_vllm.energy import Deployment, EnergyModel
 from energylens_vllm.energy.factors import Factors
 
@@ -34,6 +35,18 @@ def test_each_component_follows_its_factor(model: EnergyModel) -> None:
     assert sum(after.components.values()) == pytest.approx(after.energy_j)
     assert sum(after.phases.values()) == pytest.approx(after.energy_j)
     assert after.time_s == before.time_s  # far from the power limit
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_network_without_attention_follows_them_too(stages: int) -> None:
+    layers = build_cascade(
+        "layers", ranks={"t": "tokens", "d": 4096}, tensors={"quantized": "W"},
+        blocks=[block("layer", {"linear": "X[t,d] = X[t,d] * W[d]"}, count=4)],
+    )  # fmt: skip
+    model = EnergyModel(layers, Deployment(gpu="H200-SXM", pipeline_parallel_size=stages))
+    before, after = model.step(STEP), model.with_factors(Factors(compute=1.2)).step(STEP)
+    assert after.components["linear"] == pytest.approx(1.2 * before.components["linear"])
+    assert sum(after.phases.values()) == pytest.approx(after.energy_j)
 
 
 def test_factors_replace_those_before_and_leave_the_model_alone(model: EnergyModel) -> None:
