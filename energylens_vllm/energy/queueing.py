@@ -145,14 +145,15 @@ class _Server:
     def of(cls, model: EnergyModel, lengths: Lengths) -> _Server:
         limit, stages = model.deployment.max_num_seqs, model.deployment.pipeline_parallel_size
         ranks = model.lockstep_ranks
-        most = max(ranks * limit, stages)  # spread over ranks and stages
-        sizes = np.unique(np.geomspace(stages, most, GRID).round())
+        most = ranks * limit
+        reach = max(most, stages)  # with a limit below the stages, some are empty at all times
+        sizes = np.unique(np.geomspace(stages, reach, GRID).round())
         full = steady(model, sizes / ranks, model.deployment.max_num_batched_tokens, lengths)
         steps, time_s = full.steps, full.steps.predicted.time_s
         variance = steps.mean(time_s**2) - steps.mean(time_s) ** 2
         return cls(
-            speed=speed(model, sizes, full, lengths.output),
-            step_variance=stages * interpolated(most, sizes, np.maximum(variance, 1e-18)),
+            speed=speed(model, sizes, full, lengths.output).limited(most),
+            step_variance=stages * interpolated(reach, sizes, np.maximum(variance, 1e-18))[:most],
             sizes=sizes,
             decode_s=stages * time_s[steps.starting == 0],
             ranks=ranks,

@@ -14,7 +14,7 @@ server and draws percentiles, `explore` for thousands of rates and batch limits 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,16 @@ class Speed:
     tpot_s: Array
     ttft_s: Array  #: without waiting in line
     idle_w: float
+
+    def limited(self, most: int) -> Speed:
+        """The same server where no more than `most` requests run."""
+        return replace(
+            self,
+            completions_per_s=self.completions_per_s[:most],
+            power_w=self.power_w[:most],
+            tpot_s=self.tpot_s[:most],
+            ttft_s=self.ttft_s[:most],
+        )
 
 
 @dataclass(frozen=True, slots=True)

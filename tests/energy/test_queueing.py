@@ -122,6 +122,19 @@ def test_near_its_limit_a_server_costs_what_a_full_closed_queue_does() -> None:
         model.open_serving(1.01 * full.output_tokens_per_s / 200, 500, 200, 0.0)
 
 
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_limit_below_the_pipelines_stages_leaves_some_empty(limit: int) -> None:
+    deployment = Deployment(gpu="H200-SXM", pipeline_parallel_size=4, max_num_seqs=limit)
+    model = EnergyModel("llama-3.1-8b", deployment)
+    closed = model.serving(100, 500, 100, prefix_cache_hit_rate=0.0)
+    rate = 0.999 * closed.output_tokens_per_s / 100
+    found = model.open_serving(rate, 500, 100, 0.0)
+    assert found.running == pytest.approx(limit, rel=0.01)
+    assert found.power_w == pytest.approx(closed.power_w, rel=0.01)
+    with pytest.raises(EnergyLensError, match=f"a batch of {limit} requests completes"):
+        model.open_serving(1.01 * rate, 500, 100, 0.0)
+
+
 def test_data_parallel_ranks_share_the_rate() -> None:
     one = EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM")).open_serving(3.0, 500, 100, 0.0)
     two = EnergyModel("llama-3.1-8b", Deployment(gpu="H200-SXM", data_parallel_size=2)).open_serving(6.0, 500, 100, 0.0)
