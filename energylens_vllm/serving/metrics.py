@@ -142,7 +142,7 @@ PREDICTION = (
         "histogram",
         "",
         "Measured over predicted duration of one engine step.",
-        buckets=(0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2.0, 4.0),
+        buckets=(0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2.0, 4.0),
     ),
     Metric(
         "energylens_steps_total",
