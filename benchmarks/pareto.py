@@ -11,7 +11,7 @@ all.
 
 A single series (one GPU count, one format) is a front by itself, all of it or nearly so: its recovery says little, and
 the line "several series" leaves those models out. The shipped profiles are fitted on these very rows, by series; what a
-fit without a series makes of it is in benchmarks/accuracy.py --serving.
+fit without a series makes of it is in benchmarks/accuracy.py DATA OPERATIONS.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much longer a kernel takes in vLLM's steps than alone, from the GPU on which both were measured.
 
 A kernel that repeats alone finds its instructions and descriptors in caches, follows its like, and waits for nothing
-that wrote its input just before: on an H100 by 3 to 10 %, and by half where a launch is most of it. The shipped
+that wrote its input just before: how much is in docs/calibrate.md. The shipped
 profile of that GPU is fitted on whole steps, and `hardware/kernels` has its points; their ratio is taken to hold on
 other GPUs, so that what is fitted on points predicts steps.
 """

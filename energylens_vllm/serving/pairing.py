@@ -34,7 +34,7 @@ Array = npt.NDArray[np.float64]
 #: of what is predicted for a step. (The same as in `calibrate.recording`.)
 IDLE_GAP_S = 0.1
 #: Over 5 s what is not known of when exactly the counter advanced (a read: 4 ms) is 0.1 %. Shorter windows show
-#: transients, as of the clock: on recorded steps the error of 1 s is three times that of 5 s (docs/meter.md).
+#: transients, as of the clock: on recorded steps the error of 1 s is two to three times that of 5 s (docs/meter.md).
 WINDOW_S = 5.0
 #: Steps are kept for this long for readings that are late.
 KEPT_S = 30.0
