@@ -9,6 +9,8 @@ links spend, whose supply does not follow the SM clock. V(r) = v_0 + (1 - v_0) r
 the top clock; dynamic CMOS energy per operation goes with V^2. P_static(r) = P_floor + (P_static - P_floor) r V(r)^2: a
 clock tree that toggles whether or not there is work. t_1: the step's time at the top clock, D the part of it that
 follows the clock. The clock is the largest r <= 1 with E(r) / t(r) <= limit; power rises with r, so bisection finds it.
+Where even the lowest clock draws more, work is taken to wait until power is at the limit (not measured: limits are not
+set that low).
 """
 
 from __future__ import annotations
@@ -54,6 +56,9 @@ def operate(power: Power, time_s: Array, clocked_s: Array, fixed_j: Array, core_
         part = (time_s[limited], clocked_s[limited], fixed_j[limited], core_j[limited])
         clock[limited] = _limited_clock(power, *part)
     seconds, squared, static_w = _at(power, clock, time_s, clocked_s)
+    if (slowest := limited & (clock <= LOWEST_CLOCK)).any():
+        spent_j = fixed_j[slowest] + core_j[slowest] * squared[slowest]
+        seconds[slowest] = np.maximum(seconds[slowest], spent_j / (power.limit_w - static_w[slowest]))
     return Operating(clock, seconds, squared, static_w)
 
 
