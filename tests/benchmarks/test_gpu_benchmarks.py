@@ -135,7 +135,7 @@ def test_learning_with_a_real_server_on_vllms_cpu_build(tmp_path: Path) -> None:
     script = f"""
         export PYTHONPATH={tmp_path}/fake TMPDIR={tmp_path}
         source {ROOT}/benchmarks/gpu_setup.sh {tmp_path}/site
-        python3 {ROOT}/benchmarks/learn_gpu.py {out} --tiny --tp 1 > {tmp_path}/live.md
+        python3 {ROOT}/benchmarks/learn_gpu.py {out} --tiny --tp 1
         python3 {ROOT}/benchmarks/learn_gpu.py {out} --replay > {tmp_path}/replayed.md
     """
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -143,6 +143,6 @@ def test_learning_with_a_real_server_on_vllms_cpu_build(tmp_path: Path) -> None:
     result = json.loads((out / "result.json").read_text())
     assert [check["what"] for check in result["checks"] if not check["holds"]] == []
     assert len(result["checks"]) > 15
-    live, replayed = (tmp_path / "live.md").read_text(), (tmp_path / "replayed.md").read_text()
+    live, replayed = (out / "table.md").read_text(), (tmp_path / "replayed.md").read_text()
     assert "| all +20 % |" in replayed
     assert live.splitlines()[:6] == replayed.splitlines()[:6]
