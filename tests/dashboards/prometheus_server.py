@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import subprocess
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simulated import DAY_S, NOW_S
+
+from energylens_vllm.dashboards.boards import DASHBOARDS
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "dashboards" / "prometheus" / "energylens.rules.yml"
@@ -112,3 +115,13 @@ def serving(data: Path) -> Iterator[Prometheus]:
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+def filled_in(expr: str, job: str = ".*", model_name: str = ".*") -> str:
+    """With variables as Grafana would put them in."""
+    values = {"job": job, "model_name": model_name, "instance": ".*", "engine": ".*"}
+    values |= {"router": job, "__rate_interval": "1m", "__range": f"{PLAYED_S}s"}
+    values |= {name: default for board in DASHBOARDS for name, _, default in board.numbers}
+    filled = re.sub(r"\$(\w+)", lambda found: values[found[1]], expr)
+    assert "$" not in filled
+    return filled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from prometheus_server import PLAYED_S, Prometheus, finite
+from prometheus_server import Prometheus, filled_in, finite
 from simulated import NOW_S, REPLICAS, ROUTER, Simulated
 
 from energylens_vllm.dashboards.boards import DASHBOARDS
@@ -39,16 +39,6 @@ QUERIES = [
     for i, query in enumerate(panel.queries)
     if not ABSENT & {*metrics_in(query.expr)}
 ]
-
-
-def filled_in(expr: str, job: str = ".*", model_name: str = ".*") -> str:
-    """With variables as Grafana would put them in."""
-    values = {"job": job, "model_name": model_name, "instance": ".*", "engine": ".*"}
-    values |= {"router": job, "__rate_interval": "1m", "__range": f"{PLAYED_S}s"}
-    values |= {name: default for board in DASHBOARDS for name, _, default in board.numbers}
-    filled = re.sub(r"\$(\w+)", lambda found: values[found[1]], expr)
-    assert "$" not in filled
-    return filled
 
 
 @pytest.mark.parametrize(("panel", "query"), QUERIES)

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from prometheus_server import Prometheus, finite, free_port
-from test_live import filled_in
+from prometheus_server import Prometheus, filled_in, finite, free_port
 
 from energylens_vllm.dashboards.boards import DASHBOARDS
 from energylens_vllm.dashboards.panel import Panel
