@@ -116,7 +116,7 @@ def simulate(model: EnergyModel, trace: Trace) -> OpenServing:
     take turns in getting requests. Raises EnergyLensError for pipeline stages, whose overlap it does not simulate."""
     if model.deployment.pipeline_parallel_size > 1:
         raise EnergyLensError("pipeline_parallel_size: the simulation of a trace accepts 1")
-    servers = model.deployment.data_parallel_size // model.lockstep_ranks
+    servers = model.servers
     runs = [_Server(model, trace.share(i, servers)).run() for i in range(min(servers, len(trace.arrival_s)))]
     end_s = max(run.end_s for run in runs)
     idle_w = model.idle_power_w / servers

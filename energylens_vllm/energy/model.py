@@ -280,6 +280,11 @@ class EnergyModel:
         return self.deployment.data_parallel_size if any(kernel.experts for kernel in self.kernels) else 1
 
     @property
+    def servers(self) -> int:
+        """What steps by itself, busy or idle: data-parallel ranks, or as many groups of them as step together."""
+        return self.deployment.data_parallel_size // self.lockstep_ranks
+
+    @property
     def expert_imbalance(self) -> float:
         """Rows of the expert-parallel rank with most over those of the mean rank, in large batches; mean over layers.
         1 is balance, or a network without experts."""

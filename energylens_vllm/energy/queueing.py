@@ -82,7 +82,7 @@ def serve_openly(
     if not (isinstance(rate_per_s, int | float) and math.isfinite(rate_per_s) and rate_per_s > 0):
         raise EnergyLensError(f"rate_per_s: {rate_per_s!r} is not a positive number of requests a second")
     lengths, flags = lengths_of(model, prompts, outputs, prefix_cache_hit_rate)
-    servers = model.deployment.data_parallel_size // model.lockstep_ranks
+    servers = model.servers
     server = _Server.of(model, lengths)
     rate = rate_per_s / servers
     full = float(server.speed.completions_per_s[-1])

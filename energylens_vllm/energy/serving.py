@@ -300,7 +300,7 @@ def steady(
 def speed(model: EnergyModel, sizes: Array, full: Steady, output_tokens: float) -> Speed:
     """A server at 1 .. sizes[-1] requests, from closed queues of `sizes` requests (see `station`): a data-parallel
     rank, or all that step together, with an even share of the requests each."""
-    servers = model.deployment.data_parallel_size // model.lockstep_ranks
+    servers = model.servers
     return station(
         sizes,
         full.tokens_per_s / (servers * output_tokens),

@@ -100,7 +100,7 @@ def _at_rate(
 ) -> Deployments:  # fmt: skip
     assert load.rate_per_s is not None
     together = engine.model.lockstep_ranks
-    servers = replicas * engine.deployment.data_parallel_size // together
+    servers = replicas * engine.model.servers
     seen = arrivals(speed(engine, sizes, full, load.output_tokens), load.rate_per_s / servers, together * limits)
     at = np.searchsorted(sizes, together * limits)
     power_w = seen.power_w * servers[:, None]
