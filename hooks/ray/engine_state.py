@@ -10,6 +10,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from energylens_vllm.hooks.vllm import transport
 from energylens_vllm.hooks.vllm.deployment import describe as describe_engine
+from energylens_vllm.hooks.vllm.deployment import kv_cache_tokens
 from energylens_vllm.routing.report import MOST_ENDED, Report, describe
 from energylens_vllm.serving import settings
 from energylens_vllm.serving.increments import added
@@ -73,8 +74,7 @@ class EngineState(AggregateStatLoggerBase):
     @property
     def kv_tokens(self) -> float:
         """What the cache of a rank holds."""
-        cache, parts = self._vllm_config.cache_config, self._vllm_config.parallel_config.decode_context_parallel_size
-        return float(cache.num_gpu_blocks * cache.block_size * parts) / self._ranks
+        return kv_cache_tokens(self._vllm_config) / self._ranks
 
     def model(self) -> dict[str, Any]:
         """The model of this replica, for routers to make a step table of."""

@@ -98,3 +98,10 @@ def _device_name() -> str:
     if not current_platform.is_cuda():
         return ""
     return str(current_platform.get_device_name())
+
+
+def kv_cache_tokens(vllm_config: Any) -> int:
+    """Tokens that the KV cache of a running engine holds, as its blocks say; GPUs that share out contexts (decode
+    context parallelism) keep parts of each block."""
+    cache, parts = vllm_config.cache_config, vllm_config.parallel_config.decode_context_parallel_size
+    return int(cache.num_gpu_blocks * cache.block_size * parts)

@@ -132,7 +132,7 @@ def _steering_of(client: Any) -> Steering | None:
 
 
 def _make(vllm_config: Any, chosen: settings.Settings, count: int, decisions: Decisions) -> Ranks:
-    from energylens_vllm.hooks.vllm.deployment import describe
+    from energylens_vllm.hooks.vllm.deployment import describe, kv_cache_tokens
     from energylens_vllm.routing import StepTable
     from energylens_vllm.serving.predictor import ModelPredictor
     from energylens_vllm.serving.start import start_predictor
@@ -140,9 +140,9 @@ def _make(vllm_config: Any, chosen: settings.Settings, count: int, decisions: De
     started = start_predictor(describe(vllm_config), chosen.gpu)
     if not isinstance(started.predictor, ModelPredictor):
         raise EnergyLensError(started.problem)
-    cache, parts = vllm_config.cache_config, vllm_config.parallel_config.decode_context_parallel_size
     # vLLM adds up the blocks of all ranks; newer releases tell the tokens of one.
-    tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size * parts / count
+    told = getattr(vllm_config.cache_config, "kv_cache_size_tokens", None)
+    tokens = told or kv_cache_tokens(vllm_config) / count
     table = StepTable.compile(started.predictor.model, float(tokens))
     logger.info("energylens steers requests among %d ranks", count)
     return Ranks(table, count, chosen.ttft_target_s, chosen.tpot_target_s, decisions)
