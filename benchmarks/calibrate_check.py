@@ -108,7 +108,8 @@ def print_collectives() -> None:
     for gpu, folder in (("H200-SXM", "calibrate_h200_pair"), ("H100-SXM", "calibrate_h100")):
         stored = json.loads((HERE / "results" / folder / "collectives.json").read_text())
         rows = [Row(**{"host_s": 0.0} | {k: v for k, v in row.items() if k != "graph"}) for row in stored]
-        node = Collectives.load(gpu).interconnect
+        collectives = Collectives.load(gpu)
+        node = collectives.interconnect
         own = powered(node, rows, "rows")
         errors = [float(np.mean(np.abs(np.expm1(power_errors(each, rows))))) for each in (node, own)]
         print(f"\ncollectives of two {gpu}, {len(rows)} rows of 4 KiB to 256 MiB: power of a GPU off")
@@ -119,7 +120,7 @@ def print_collectives() -> None:
             print("time of a launch, predicted over measured, where the host does not bound it:")
             for op in dict.fromkeys(row.op for row in rows):
                 ratios = [
-                    float(Collectives.load(gpu).time_s(op, float(row.bytes), 2, "nccl").time_s) / row.time_s
+                    float(collectives.time_s(op, float(row.bytes), 2, "nccl").time_s) / row.time_s
                     for row in rows
                     if row.op == op and not row.bound_by_host
                 ]

@@ -127,13 +127,13 @@ def rank(number: int, on_gpu: bool, started_s: float, folder: str) -> None:
         "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/store", rank=number, world_size=GPUS,
         timeout=timedelta(seconds=LIMIT_S),
     )  # fmt: skip
-    clock = clocks._CudaClock(torch) if on_gpu else clocks._HostClock()
+    clock = clocks.CudaClock(torch) if on_gpu else clocks.HostClock()
     layers = Layers(torch, dist, device)
     with open(pathlib.Path(folder) / f"rank{number}.jsonl", "w") as file:
         for point in points() if on_gpu else tiny():
-            if clocks._agree(torch, dist, device, time.perf_counter() - started_s) > BUDGET_S:
+            if clocks.agree(torch, dist, device, time.perf_counter() - started_s) > BUDGET_S:
                 break
-            row = asdict(point) | _measured(point, layers, clock, lambda s: clocks._agree(torch, dist, device, s))
+            row = asdict(point) | _measured(point, layers, clock, lambda s: clocks.agree(torch, dist, device, s))
             print(json.dumps(row), file=file, flush=True)
             if number == 0:
                 print(f"[{time.perf_counter() - started_s:5.1f} s] {_line(row)}", flush=True)
@@ -159,9 +159,9 @@ def _measured(point: Point, layers: Layers, clock: Any, agree: Callable[[float],
         seconds = agree(seconds)
         launches = max(1, min(MOST_ENQUEUED // enqueued, round(clocks.BURST_S / seconds)))
         bursts = max(clocks.AHEAD + 2, math.ceil(window_s / (seconds * launches)))
-        return clocks._repeat(launch, launches, bursts, clock, None)[:2]
+        return clocks.repeat(launch, launches, bursts, clock, None)[:2]
 
-    settled_s, _ = repeat(SETTLE_S if point.window_s == COUNTED_S else TIMED_S / 2, clocks._launch_s(launch, clock))
+    settled_s, _ = repeat(SETTLE_S if point.window_s == COUNTED_S else TIMED_S / 2, clocks.launch_s(launch, clock))
     start_s = time.perf_counter()
     time_s, host_s = repeat(point.window_s, settled_s)
     return dict(time_s=time_s / LAYERS, host_s=host_s / LAYERS, start_s=start_s, end_s=time.perf_counter())

@@ -133,18 +133,18 @@ def _rank(
         device_id=device if backend == "nccl" else None,
     )  # fmt: skip
     meter = None if counter is None else counter(rank)
-    clock = _CudaClock(torch) if backend == "nccl" else _HostClock()
-    _agree(torch, dist, device, 0.0)  # makes the communicator
+    clock = CudaClock(torch) if backend == "nccl" else HostClock()
+    agree(torch, dist, device, 0.0)  # makes the communicator
     idle_w = _idle(meter)
     rows: list[dict[str, Any]] = []
     for op in operations:
         for size in sizes:
             launch = _operation(torch, dist, op, size, gpus, device)
             dist.barrier()
-            seconds = _agree(torch, dist, device, _launch_s(launch, clock))
+            seconds = agree(torch, dist, device, launch_s(launch, clock))
             launches = max(1, min(MOST_LAUNCHES, round(BURST_S / seconds)))
             bursts = max(AHEAD + 2, math.ceil(window_s / (seconds * launches)))
-            time_s, host_s, power_w = _repeat(launch, launches, bursts, clock, meter)
+            time_s, host_s, power_w = repeat(launch, launches, bursts, clock, meter)
             rows.append({"op": op, "bytes": size, "gpus": gpus, "time_s": time_s, "host_s": host_s, "power_w": power_w})
     everyone: list[Any] = [None] * gpus
     dist.all_gather_object(everyone, (idle_w, rows))
@@ -188,14 +188,14 @@ def _operation(torch: Any, dist: Any, op: str, size: int, gpus: int, device: Any
     return lambda: dist.all_to_all_single(into, whole)
 
 
-def _agree(torch: Any, dist: Any, device: Any, value: float) -> float:
+def agree(torch: Any, dist: Any, device: Any, value: float) -> float:
     """The largest of the ranks' values."""
     largest = torch.tensor([value], dtype=torch.float32, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest.item())
 
 
-class _HostClock:
+class HostClock:
     """Work that is done when the call returns."""
 
     def mark(self) -> float:
@@ -208,7 +208,7 @@ class _HostClock:
         return end - begin
 
 
-class _CudaClock:
+class CudaClock:
     """Work that is enqueued."""
 
     def __init__(self, torch: Any) -> None:
@@ -227,7 +227,7 @@ class _CudaClock:
         return float(begin.elapsed_time(end)) * 1e-3
 
 
-def _launch_s(launch: Callable[[], object], clock: Any, times: int = 3) -> float:
+def launch_s(launch: Callable[[], object], clock: Any, times: int = 3) -> float:
     """About how long a launch takes; the first is not counted."""
     launch()
     begin = clock.mark()
@@ -236,7 +236,7 @@ def _launch_s(launch: Callable[[], object], clock: Any, times: int = 3) -> float
     return max(float(clock.seconds(begin, clock.mark())) / times, 1e-6)
 
 
-def _repeat(
+def repeat(
     launch: Callable[[], object], launches: int, bursts: int, clock: Any, meter: Counter | None
 ) -> tuple[float, float, float | None]:
     """Seconds of a launch, those of them in which the host launches it, and mean watts, over `bursts` of `launches`."""
